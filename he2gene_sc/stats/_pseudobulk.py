@@ -248,24 +248,27 @@ def predictive_t(
     return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))
 
 
-def depth_followed(raw: np.ndarray, adjustment: np.ndarray, spot_variance: np.ndarray) -> tuple[float, float]:
+def depth_followed(
+    raw: np.ndarray, adjustment: np.ndarray, spot_variance: np.ndarray, error: np.ndarray | None = None
+) -> tuple[float, float]:
     """Share of an adjustment for depth that the differences of samples confirm, and the size of the wrong part of the adjustment.
 
     ``raw`` and ``adjustment`` are ``(n, g)``: differences of means, and their part that the slopes within groups predict from depth.
     The share is the least-squares factor over all genes. The difference of a sample is only multiplied by adjustments of other
     samples, so errors of slopes do not lower the share. The size is the mean square of the wrong part of the adjustment, divided
-    by the squared standard error. NaN with fewer than three samples.
+    by the squared standard error: that of the mean over samples, or ``error`` ``(g,)``. NaN with fewer than three samples.
     """
     n = len(raw)
     if n < 3:
         return np.nan, np.nan
-    varies = spot_variance > 1e-5 * np.median(spot_variance)
+    varies = spot_variance > 1e-5 * np.median(spot_variance) if spot_variance.size else np.zeros(0, bool)
     unit = np.sqrt(spot_variance[varies])
     raw, adjustment = raw[:, varies] / unit, adjustment[:, varies] / unit
     others = ~np.eye(n, dtype=bool)
     size = float((adjustment @ adjustment.T)[others].mean()) / max(len(unit), 1)
     shown = float((raw @ adjustment.T)[others].mean()) / max(len(unit), 1)
-    error = float((raw - adjustment).var(0, ddof=1).mean()) / n
-    if size <= 0 or error <= 0:
+    squared = (raw - adjustment).var(0, ddof=1) / n if error is None else np.square(error[varies] / unit)
+    mean_square = float(squared.mean()) if len(squared) else 0.0
+    if size <= 0 or mean_square <= 0:
         return np.nan, np.nan
-    return shown / size, size * (1 - shown / size) ** 2 / error
+    return shown / size, size * (1 - shown / size) ** 2 / mean_square

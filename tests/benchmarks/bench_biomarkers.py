@@ -7,6 +7,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py small
     python tests/benchmarks/bench_biomarkers.py ppi skewed sections
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py counts
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_biomarkers.py shown_depth
     python tests/benchmarks/bench_biomarkers.py speed
 
 Simulated patients: spots and labels (invasive cancer, connective tissue) of real sections, genes drawn as Gaussian random
@@ -367,6 +368,36 @@ def counts(repeats=3):
         part = theirs.index[found & (np.sign(theirs["effect_size"]) == side)]
         same = hit[part] & (np.sign(mine.loc[part, "effect_size"]) == side)
         print(f"counts, DESeq2 {name}: {len(part)} genes, {same.sum()} of them found", flush=True)
+
+
+def shown_depth(genes=400):
+    """Size of method="means" on layers that follow the real depth of the eight patients, or its mean over k nearest spots."""
+    tables = two_groups()
+    for k in (1, 5, 13):
+        rng = np.random.default_rng(0)
+        slope, layers = rng.normal(0.3, 0.15, genes), []
+        for table in tables:
+            xy, label = table.obsm["spatial"], table.obs["pathologist"].astype(str).to_numpy()
+            total = np.asarray(table.X.sum(1), float).ravel()
+            nearest = np.argsort(cdist(xy, xy), axis=1, kind="stable")
+            seen = np.log(total)[nearest[:, :k]].mean(1)
+            values = 3 + (seen - seen.mean())[:, None] * slope
+            values += 0.3 * root(xy, 1 / 8) @ rng.standard_normal((len(xy), genes))
+            values += rng.normal(0, 0.05, genes) * (label == GROUPS[0])[:, None]
+            obs = pd.DataFrame({"patient": str(table.obs["patient"].iloc[0]), "label": label}, index=table.obs_names)
+            layer = AnnData(obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(genes)]))
+            layer.obs["total"], layer.obs["smooth"] = total, total[nearest[:, :7]].mean(1)
+            layer.layers["simulated"], layer.obsm["spatial"] = values.astype(np.float32), xy
+            layers.append(layer)
+        for depth in ("total", "smooth", None):
+            options = {"groups": GROUPS[0], "reference": GROUPS[1], "layer": "simulated", "layer_scale": "log"}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                result = hg.tl.biomarkers(layers, "label", design=hg.Design(depth=depth), **options)
+            said = any("of what this slope predicts" in str(warning.message) for warning in caught)
+            low, up = (result["pvals"] < 0.05).mean(), (result["effect_size"] > 0).mean()
+            lowest = (result["pvals"] < 0.001).mean() / 0.001
+            print(f"| {k} | {depth} | {low:.1%} | {lowest:.1f} | {up:.1%} | {'yes' if said else 'no'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def tails(genes=2000, repeats=3):
 
 def slopes(genes=400, spots=60):
     """Size of method="means" on a layer that follows depth within the groups, and between them in part; one is 1.9 times as deep."""
-    for share in (1.0, 0.5, 0.0):
+    for share in (2.0, 1.0, 0.5, 0.0):
         for n in (3, 8):
             rng = np.random.default_rng(n)
             slope, tables = rng.normal(0.3, 0.15, genes), []

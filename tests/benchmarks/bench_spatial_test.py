@@ -9,6 +9,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 1000 D1 hex/exponential
     python tests/benchmarks/bench_spatial_test.py serial 5000
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py tails 500 D1
+    HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py depth 400 D1
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
 The second argument is the number of genes a cell; `A1/cancer in situ` is one label of a section. Ranges are in shares of the longer side of the tissue; the
@@ -346,6 +347,46 @@ def tails(genes, names):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
+def depth(genes, names):
+    """Size of ``hg.tl.biomarkers(method="spatial")`` in layers that follow the real depth of the spots; no gene differs."""
+    import warnings
+
+    from anndata import AnnData
+
+    import he2gene_sc as hg
+
+    for name in names:
+        table = hg.datasets.her2st(name)["table"]
+        label = table.obs["pathologist"].astype(object)
+        table = table[label.isin(["invasive cancer", "connective tissue"]).to_numpy()].copy()
+        totals = np.asarray(table.X.sum(1), float).ravel()
+        xy, inside = table.obsm["spatial"], (table.obs["pathologist"] == "invasive cancer").to_numpy()
+        rng, z = np.random.default_rng(0), np.log(totals) - np.log(totals).mean()
+        between = np.where(inside, z[inside].mean(), z[~inside].mean())
+        nearest = np.argsort(cdist(xy, xy), axis=1, kind="stable")
+        cases = {f"{share:.0%} of depth between the groups": z + (share - 1) * between for share in (1, 0.5, 0)}
+        cases |= {f"depth averaged over {k} spots": z[nearest[:, :k]].mean(1) for k in (5, 13)}
+        slope, noise = rng.normal(0.3, 0.15, genes), draw(covariance(xy, "exponential", 1 / 8), genes, rng)
+        for case, seen in cases.items():
+            row = []
+            for used in (totals, totals[nearest[:, :7]].mean(1), None):
+                obs = pd.DataFrame({"patient": name, "label": inside.astype(str)}, index=table.obs_names)
+                layer = AnnData(obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(genes)]))
+                layer.obs["total"] = totals if used is None else used
+                layer.layers["guess"] = (6 + seen[:, None] * slope + 0.3 * noise).astype(np.float32)
+                layer.obsm["spatial"] = xy
+                design = hg.Design(depth=None if used is None else "total")
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    hg.tl.biomarkers(
+                        layer, "label", groups="True", layer="guess", layer_scale="log", method="spatial", design=design
+                    )
+                pvalues = hg.get.biomarkers(layer)["pvals"].to_numpy()
+                said = any("of what this slope predicts" in str(warning.message) for warning in caught)
+                row += [f"{share(pvalues).strip()} ({lowest(pvalues)}){', warned of' if said else ''}"]
+            print(f"| {name} | {case} | {' | '.join(row)} |", flush=True)
+
+
 def speed(genes, _):
     import resource
 
@@ -369,5 +410,5 @@ if __name__ == "__main__":
         "large": large,
         "variances": variances,
         "speed": speed,
-    } | {"stretched": stretched, "serial": serial, "tails": tails}
+    } | {"stretched": stretched, "serial": serial, "tails": tails, "depth": depth}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

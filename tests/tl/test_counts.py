@@ -1,6 +1,7 @@
 """Tests of summed counts, depth and designs, with planted effects."""
 
 import dataclasses
+import re
 import sys
 import warnings
 
@@ -309,6 +310,34 @@ def test_a_warning_if_groups_do_not_follow_the_adjustment_for_depth(method):
             for i, table in enumerate(tables):
                 table.layers["guess"] = np.random.default_rng(i).normal(4, 0.5, table.shape).astype(np.float32)
             markers(tables, **options)
+
+
+def test_a_warning_if_groups_follow_depth_more_than_the_spots():
+    with pytest.warns(
+        UserWarning, match=r"groups is \d{3}% of what this slope predicts: .* mean over neighbouring spots"
+    ):
+        result = markers([_with_depth(i, 2.0) for i in range(4)], layer="guess", method="means")
+    assert (result["pvals"] < 0.05).mean() > 0.3
+
+
+@pytest.mark.parametrize(("between", "low", "high"), [(0.0, 0, 15), (1.0, None, None), (2.0, 180, 220)])
+def test_one_section_is_checked_for_depth_that_the_groups_do_not_follow(between, low, high):
+    table = _with_depth(0, between)
+    table.obsm["spatial"] = np.random.default_rng(4).permutation(np.argwhere(np.ones((5, 13)))).astype(float)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = biomarkers([table], "label", groups="a", layer="guess", method="spatial")
+    said = [str(warning.message) for warning in caught if "of what this slope predicts" in str(warning.message)]
+    doubts = table.uns["he2gene_biomarkers"]["params"].get("doubts")
+    wrong = (result["pvals"] < 0.05).mean()
+    if low is None:
+        assert not said
+        assert doubts is None
+        assert wrong < 0.07
+    else:
+        assert len(said) == len(doubts) == 1
+        assert low <= int(re.search(r"(\d+)% of what", said[0])[1]) <= high
+        assert wrong > 0.3
 
 
 def test_sums_of_a_lazy_table_read_each_chunk_once():

@@ -12,6 +12,7 @@ import pandas as pd
 
 from ..._core.names import check_spelling, clean_names
 from .contrast import MIN_SPOTS, Contrast
+from .depth_check import doubt_over_parts, doubt_over_samples, section_parts
 from .sums import check_finite
 
 if TYPE_CHECKING:
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 _MAX_WEIGHT = 4.0
 #: Share of genes left out in one direction above which library sizes are doubtful; it is 0.35 to 0.45 if 55 % of the genes change.
 _MAX_LEFT_OUT = 1 / 3
-#: Least share of the depth adjustment that the groups must show, and size of the adjustment (its square over that of the standard
-#: error) above which this is checked.
-_MIN_FOLLOWED, _MIN_SIZE = 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,9 @@ class Method:
     sample_mask: Callable[[Contrast], np.ndarray]
     caution: str = ""  # warning for the user
     min_detected: int = 0  # expected spots of the smaller group in which a tested gene is detected
-    squares: bool = False  # uses the variance over spots, for weights or to check the adjustment for depth
+    squares: bool = (
+        False  # uses the variance over spots, for weights and to check the adjustment for depth over samples
+    )
     scale: str | None = None
     depth: bool = False  # tests logarithms and adjusts for depth
     moderated: bool = False  # variances moderated over genes; takes a formula
@@ -69,25 +69,12 @@ def run(method: Method, contrast: Contrast) -> Outcome:
     result = method.run(contrast)
     if isinstance(result, Outcome):
         return result
-    doubt = _doubt_about_depth(contrast) if method.squares else ""
-    remedy = "Trust only genes that are also significant with design=hg.Design(depth=None)"
-    return Outcome(result, contrast.differences, contrast.fold_changes(result.effect), doubt=doubt, remedy=remedy)
+    return _logarithms(contrast, result, *(doubt_over_samples(contrast) if method.squares else ("", "")))
 
 
-def _doubt_about_depth(contrast: Contrast) -> str:
-    """State if groups do not differ with depth like the spots within them."""
-    from ...stats import depth_followed
-
-    if contrast.adjustment is None or contrast.spot_variance is None:
-        return ""
-    raw = contrast.differences + contrast.adjustment
-    followed, size = depth_followed(raw, contrast.adjustment, contrast.spot_variance)
-    if not (followed < _MIN_FOLLOWED and size > _MIN_SIZE):
-        return ""
-    return (
-        "the adjustment for depth uses its slope within the groups, but the difference between the groups is only "
-        f"{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear different"
-    )
+def _logarithms(contrast: Contrast, test: Any, doubt: str = "", remedy: str = "") -> Outcome:
+    """Outcome of a test of logarithms."""
+    return Outcome(test, contrast.differences, contrast.fold_changes(test.effect), doubt=doubt, remedy=remedy)
 
 
 def _pseudobulk(contrast: Contrast) -> Outcome:
@@ -222,22 +209,28 @@ def _ppi(contrast: Contrast) -> Outcome:
     return Outcome(test, predicted, contrast.fold_changes(test.effect), used)
 
 
-def _spatial(contrast: Contrast) -> Any:
+def _spatial(contrast: Contrast) -> Outcome:
     from ...stats import spatial_test
 
     if contrast.pool.xy is None:
         raise ValueError("`data` has no obsm['spatial'], but method 'spatial' needs spot centres")
     chosen = contrast.inside | contrast.outside
     sections = np.unique(contrast.pool.units[chosen].astype(str), return_inverse=True)[1]
-    return spatial_test(
-        contrast.pool.values(chosen, contrast.genes),
+    values, xy = contrast.pool.values(chosen, contrast.genes), contrast.pool.xy[chosen]
+    test = spatial_test(
+        values,
         contrast.inside[chosen],
-        contrast.pool.xy[chosen],
+        xy,
         sections if sections.max() else None,
         samples=contrast.pool.samples[chosen].astype(str),
         covariates=spot_covariates(contrast, chosen),
         level=contrast.design.confidence_level,
     )
+    if contrast.depth is None:
+        return _logarithms(contrast, test)
+    parts = section_parts(contrast.inside[chosen], xy, sections)
+    doubt = doubt_over_parts(values, contrast.inside[chosen], contrast.depth[chosen], parts, test)
+    return _logarithms(contrast, test, *doubt)
 
 
 def _wilcoxon(contrast: Contrast) -> SampleTest:

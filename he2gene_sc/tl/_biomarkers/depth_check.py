@@ -1,0 +1,96 @@
+"""Check whether groups differ with depth like the spots within them, which the adjustment for depth assumes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from .contrast import Contrast
+from .sums import DepthCells
+
+if TYPE_CHECKING:
+    from ...stats import SpatialTest
+
+#: Bounds of the share of the depth adjustment that the groups show, and size of the wrong part of the adjustment (its square over
+#: that of the standard error) above which a share outside of them is reported.
+_FOLLOWED, _MIN_SIZE = (2 / 3, 1.5), 0.5
+#: Parts of a section, and fewest spots of each group in a part.
+_PARTS, _PART_SPOTS = 4, 5
+
+
+def doubt_over_samples(contrast: Contrast) -> tuple[str, str]:
+    """State if groups do not differ with depth like the spots within them, and what to do; empty texts if they do."""
+    from ...stats import depth_followed
+
+    if contrast.adjustment is None or contrast.spot_variance is None:
+        return "", ""
+    raw = contrast.differences + contrast.adjustment
+    return _doubt(*depth_followed(raw, contrast.adjustment, contrast.spot_variance))
+
+
+def doubt_over_parts(
+    values: np.ndarray, group: np.ndarray, log_depth: np.ndarray, parts: np.ndarray, test: SpatialTest
+) -> tuple[str, str]:
+    """Do the same for one or a few sections: parts of the sections stand for samples, the standard error is that of the test.
+
+    ``parts`` ``(n,)`` numbers the parts; -1 for spots outside all of them. Slopes of one part are compared with differences in
+    another, so their errors do not count as depth.
+    """
+    from ...stats import depth_followed
+
+    kept, n = parts >= 0, int(parts.max()) + 1
+    if n < 3:
+        return "", ""
+    code = parts[kept] * 2 + ~group[kept]
+    x = log_depth[kept] - log_depth[kept].mean()
+    rows = np.flatnonzero(kept)
+    shape = (2 * n, len(values))
+    spots = np.bincount(code, minlength=2 * n).reshape(n, 2)
+    sums = csr_array((np.ones(len(rows)), (code, rows)), shape) @ values
+    products = (csr_array((x, (code, rows)), shape) @ values).reshape(n, 2, -1)
+    depths, squares = (np.bincount(code, weights, 2 * n).reshape(n, 2) for weights in (x, np.square(x)))
+    sums = sums.reshape(n, 2, -1).transpose(1, 0, 2)
+    sides = [np.array([True, False]), np.array([False, True])]
+    adjustment, _ = DepthCells(depths, squares, products).adjust(sides, spots.T, sums, np.ones(n, bool))
+    raw = sums[0] / spots[:, :1] - sums[1] / spots[:, 1:]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = test.effect / test.scores
+    known = np.isfinite(error)
+    error = error[known]
+    return _doubt(*depth_followed(raw[:, known], adjustment[:, known], np.square(error), error))
+
+
+def section_parts(group: np.ndarray, xy: np.ndarray, sections: np.ndarray) -> np.ndarray:
+    """Cut the spots of a group, and the others, into up to four parts along the longest axis of their section; -1 for none."""
+    parts = np.full(len(group), -1)
+    n = 0
+    for section in np.unique(sections):
+        here = sections == section
+        sides = [np.flatnonzero(here & side) for side in (group, ~group)]
+        k = min(_PARTS, *(len(side) // _PART_SPOTS for side in sides))
+        if not k:
+            continue
+        axis = np.linalg.svd(xy[here] - xy[here].mean(0), full_matrices=False)[2][0]
+        for side in sides:
+            rank = np.argsort(np.argsort(xy[side] @ axis, kind="stable"), kind="stable")
+            parts[side] = n + rank * k // len(side)
+        n += k
+    return parts
+
+
+def _doubt(followed: float, size: float) -> tuple[str, str]:
+    if not (size > _MIN_SIZE and not _FOLLOWED[0] <= followed <= _FOLLOWED[1]):
+        return "", ""
+    found = (
+        "the adjustment for depth uses its slope within the groups, but the difference between the groups is "
+        f"{'only ' if followed < 1 else ''}{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear "
+        "different"
+    )
+    if followed < 1:
+        return found, "Trust only genes that are also significant with design=hg.Design(depth=None)"
+    return found, (
+        "Counts of single spots may be too noisy for the slope: pass a column with their mean over neighbouring spots as "
+        "hg.Design(depth=...), and trust only genes that are significant in both results"
+    )
