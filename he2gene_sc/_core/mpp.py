@@ -11,6 +11,7 @@ import pandas as pd
 
 from . import validate
 from .elements import he2gene_attrs, spot_element
+from .hints import set_to
 from .keys import ATTRS
 from .logs import logger
 from .rasters import levels
@@ -134,7 +135,7 @@ def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
         f"`mpp` of image {image_key!r} was stated as {mpp:.4g} for {was[0]:.0f} × {was[1]:.0f} pixels, but the image now has "
         f"{now[0]:.0f} × {now[1]:.0f}"
     )
-    own = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}, or pass mpp={likely:.4g}"
+    own = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}, or {set_to('mpp', f'{likely:.4g}')}"
     if (size > 1).any() or (not same_scale and (abs(size * scale - 1) < 0.02).all()):
         raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
     warnings.warn(
@@ -226,7 +227,7 @@ def resolve_mpp(
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(
-            f"; if coordinate system {system!r} is in µm, {_mpp_arguments(f'{value:.4g}')}"
+            f"; if coordinate system {system!r} is in µm, {set_to('mpp', f'{value:.4g}')}"
             for system, value in per_unit.items()
             if abs(value - 1) > 1e-6
         )
@@ -235,13 +236,13 @@ def resolve_mpp(
             raise ValueError(
                 f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
                 f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
-                f"slide, then {_mpp_arguments(f'{by_array[0]:.4g}')}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
+                f"slide, then {set_to('mpp', f'{by_array[0]:.4g}')}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
                 f"then transform them: {scaled(diameter_px / width)}"
             )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
             f"object does not state it and the spots are not a lattice of Visium, Visium HD or legacy ST"
-            f"{hint or '; ' + _mpp_arguments('...')}"
+            f"{hint or '; ' + set_to('mpp', '...')}"
         )
 
     assay = assay or by_array
@@ -252,7 +253,7 @@ def resolve_mpp(
         cause = (
             f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
             if in_um
-            else f"if that is right, {_mpp_arguments(f'{assay[0]:.4g}')}; if the coordinates are {_coordinate_frame(1 / ratio)}, "
+            else f"if that is right, {set_to('mpp', f'{assay[0]:.4g}')}; if the coordinates are {_coordinate_frame(1 / ratio)}, "
             f"transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
@@ -266,14 +267,14 @@ def resolve_mpp(
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If so, the wrong pixels are read; transform them by the true µm/px, for "
-            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {_mpp_arguments('1.0')}",
+            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {set_to('mpp', '1.0')}",
             UserWarning,
             stacklevel=4,
         )
     if not measured and found[1] == (assay and assay[1]):
         warnings.warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. These "
-            f"spots have no counts, so they may not be of this assay; to be sure, {_mpp_arguments('...')}",
+            f"spots have no counts, so they may not be of this assay; to be sure, {set_to('mpp', '...')}",
             UserWarning,
             stacklevel=4,
         )
@@ -286,11 +287,6 @@ def _coordinate_frame(factor: float, mpp: float = 0.0) -> str:
     if abs(mpp - 1) < _NEARLY:
         return "micrometres, not pixels"
     return f"those of a {'larger' if factor < 1 else 'smaller'} image of the slide"
-
-
-def _mpp_arguments(mpp: str) -> str:
-    """Return the arguments that set µm/px, for errors and warnings."""
-    return f"pass mpp={mpp} (to hg.tl.train keys=hg.SectionKeys(mpp={mpp}))"
 
 
 def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:

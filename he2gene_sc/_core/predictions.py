@@ -90,6 +90,21 @@ def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, A
     return record
 
 
+def summary_of(record: Mapping[str, Any]) -> str:
+    """Return the summary of a prediction from its record: spots, tissue, verdict, and training sections."""
+    n_spots = record["n_spots"]
+    found = f"{sum(n_spots.values()) if isinstance(n_spots, Mapping) else n_spots:,} spots"
+    found += f", {record['share_on_tissue']:.0%} on tissue"
+    if "verdict" in record:
+        share = record["share_out_of_distribution"]
+        found += (
+            f"; compared with the training data: {record['verdict']} ({share:.0%} of the spots out of distribution)"
+        )
+    if sections := record.get("known_sections"):
+        found += f"; the model was trained on this image (section {', '.join(map(repr, sections))}), so metrics are optimistic"
+    return found
+
+
 def gene_flags(table: AnnData, name: str) -> np.ndarray:
     """Return a boolean column of ``var``, ``(n_vars,)`` bool."""
     if name not in table.var:

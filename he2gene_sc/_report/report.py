@@ -13,7 +13,8 @@ import pandas as pd
 from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import columns_of
-from .._core.keys import SECTION, Keys
+from .._core.keys import PATIENT, SECTION, Keys
+from .._core.names import clean_names
 from .._core.predictions import gene_flags, predicted_table, predicting_model, record_of, symbols_of
 from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
@@ -37,6 +38,7 @@ _SUMMARY = (
     "share_like_training",
     "share_annotated",
     "verdict",
+    "known_sections",
     "warnings",
     "error",
 )
@@ -74,7 +76,7 @@ def report(
     n_genes
         Number of reliable genes to draw.
     title
-        Title of the page; default: the name of the section.
+        Title of the page; default: the sections, else the name of the store, else the patient.
     model
         Model of the prediction if it is not bundled; its limitations are shown.
     prediction_key, table_key, shapes_key
@@ -163,11 +165,23 @@ def _page(
     options = {"prediction_key": prediction_key, "table_key": table_key, "shapes_key": shapes_key}
     slide = Slide(data, table, keys, record, card, table.var_names[columns].tolist(), n_genes, options)
     if title is None:
-        names = pd.unique(pd.Series(section_names(table)))
-        title = "Predicted expression" + (f": {', '.join(names[:3])}" if list(names) != [SECTION] else "")
+        names = _names_of_slide(data, table)
+        title = "Predicted expression" + (f": {validate.format_list(names, 3)}" if names else "")
     from ..cohort._record import recorded_summary
 
     return title, sections_of(slide), recorded_summary(record)
+
+
+def _names_of_slide(data: Any, table: AnnData) -> list[str]:
+    """Return the names of the sections; if they have no own names, that of the store, else the patients."""
+    names = [str(name) for name in pd.unique(pd.Series(section_names(table)))]
+    # Without a column of sections, the name is that of the shapes.
+    stated = set(clean_names(table.obs[SECTION])) - {SECTION} if SECTION in table.obs else set()
+    if len(names) > 1 or stated & set(names):
+        return names
+    if getattr(data, "path", None) is not None:
+        return [Path(data.path).stem]
+    return [] if PATIENT not in table.obs else list(pd.unique(pd.Series(clean_names(table.obs[PATIENT])).dropna()))
 
 
 def _slides(data: Any) -> pd.DataFrame | None:
@@ -209,6 +223,11 @@ def _slides(data: Any) -> pd.DataFrame | None:
     return frame
 
 
+def _not_empty(cells: dict[str, Any]) -> dict[str, Any]:
+    """Return the cells without empty texts, so that a column without any text is left out."""
+    return {name: value for name, value in cells.items() if not isinstance(value, str) or value}
+
+
 def _may_be_store(path: Path) -> bool:
     """Return whether a folder is a store, possibly a damaged one."""
     from ..io._store import is_store
@@ -240,11 +259,12 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
     index = _check_file(index, overwrite)
     rows = []
     for (_, row), store, file in zip(frame.iterrows(), stores, files, strict=True):
-        cells: dict[str, Any] = {"slide": Cell(store.stem), **{name: row[name] for name in _SUMMARY if name in frame}}
+        given = {name: row[name] for name in _SUMMARY if name in frame and not pd.isna(row[name])}
+        cells: dict[str, Any] = {"slide": Cell(store.stem), **_not_empty(given)}
         try:
             name, sections, recorded = _page(open_store(store, "data"), None, **options)
             put_file(file, render(name, sections))
-            cells = recorded | cells | {"slide": Cell(store.stem, link=file.name)}
+            cells = _not_empty(recorded) | cells | {"slide": Cell(store.stem, link=file.name)}
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a slide that fails must not stop the others

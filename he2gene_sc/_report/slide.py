@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: Maximum number of genes in a table, of biomarkers of a group, and of gene sets that are drawn.
 _N_ROWS, _N_MARKERS, _N_SETS = 25, 10, 4
+#: The table beside the card, which its sentences name and a reader of the page does not have.
+_GENE_TABLE = "genes.csv (in the folder of the model; on this page: Reliable genes)"
 _UNIT = "ln(1 + counts per 10,000)"
 
 
@@ -131,7 +133,8 @@ def _trust(slide: Slide) -> Section:
         )
     if slide.card is not None:
         section.text += [slide.card.intended_use]
-        section.tables.append(Table([[Cell(str(sentence))] for sentence in slide.card.limitations]))
+        limitations = [str(text).replace("genes.csv", _GENE_TABLE) for text in slide.card.limitations]
+        section.tables.append(Table([[Cell(text)] for text in limitations]))
     return section
 
 
@@ -227,8 +230,12 @@ def _genes(slide: Slide) -> Section:
     reliable = slide.genes_by_reliability(True)
     if reliable:
         chosen = reliable[: slide.n_genes]
-        slide.draw(section, "Reliable genes with the highest held-out correlation.", genes=chosen, ncols=2)
+        slide.draw(section, f"The best {len(chosen)} of {len(reliable):,} reliable genes.", genes=chosen, ncols=2)
         section.add_frame(_gene_table(slide, reliable[:_N_ROWS]))
+        section.text.append(
+            f"{min(len(reliable), _N_ROWS)} of {len(reliable):,} reliable genes are listed, by held-out correlation. All: "
+            "hg.get.genes(sdata, reliable=True)."
+        )
         return section
     section.text.append("None of the predicted genes is reliable here. Do not interpret the map of a single gene.")
     section.text.append(
@@ -288,17 +295,8 @@ def _unreliable(slide: Slide) -> Section:
 def _programmes(slide: Slide) -> Section:
     """List and draw the scores of gene sets."""
     section = Section("programmes", "Gene sets")
-    columns = [
-        "source",
-        "n_genes",
-        "n_predicted",
-        "pearson",
-        "pearson_low",
-        "pearson_given_depth",
-        "ceiling",
-        "reliable",
-        "evidence",
-    ]
+    columns = ["source", "n_genes", "n_predicted", "pearson", "pearson_low", "pearson_given_depth", "ceiling"]
+    columns += ["reliable", "evidence"]
     for key in slide.runs("programmes", "layer", slide.keys.layer):
         results = get.programmes(slide.table, key=key)
         section.text.append(
@@ -309,8 +307,9 @@ def _programmes(slide: Slide) -> Section:
         # Leave out sets with the name of a gene or column, which would be drawn instead.
         drawn = {name for name, (own_key, _) in scores_of(slide.table, slide.keys).items() if own_key == key}
         drawn -= {*slide.table.obs, *slide.table.var_names}
-        if names := [name for name in results.loc[results["reliable"], "source"] if name in drawn][:_N_SETS]:
-            slide.draw(section, "Scores of reliable gene sets.", color=names)
+        reliable = results.loc[results["reliable"], "source"]
+        if names := [name for name in reliable if name in drawn][:_N_SETS]:
+            slide.draw(section, f"Scores of {len(names)} of {len(reliable):,} reliable gene sets.", color=names)
     return section
 
 
@@ -347,9 +346,12 @@ def _biomarkers(slide: Slide) -> Section:
     section = Section("biomarkers", "Biomarkers")
     columns = ["group", "names", "effect_size", "ci_low", "ci_high", "pvals_adj", "n_samples", "reliable"]
     for key in slide.runs("biomarkers", "layer", slide.keys.layer):
-        results = get.biomarkers(slide.table, key=key).groupby("group", sort=False, observed=True).head(_N_MARKERS)
-        groupby = slide.table.uns[key]["params"].get("groupby", "")
-        section.text.append(f"{key}: genes with the highest scores in each group of {groupby}.")
+        tested = get.biomarkers(slide.table, key=key)
+        results = tested.groupby("group", sort=False, observed=True).head(_N_MARKERS)
+        section.text.append(
+            f"{key}: {len(results):,} of {len(tested):,} results, those with the highest scores in each group of "
+            f"{slide.table.uns[key]['params'].get('groupby', '')}. All: hg.get.biomarkers(sdata, key={key!r})."
+        )
         section.add_frame(results[[name for name in columns if name in results]])
     return section
 

@@ -73,7 +73,10 @@ def report(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Page to write, or folder for many slides; default: report.html, reports.")
+        Path | None,
+        typer.Option(
+            help="Page to write, or folder for many slides; default: report.html, reports. Earlier reports are replaced."
+        ),
     ] = None,
     genes: Annotated[
         list[str], typer.Option(callback=split_names, help="Genes that are always shown. Repeatable, or with commas.")
@@ -122,13 +125,15 @@ def train(
     """
     from .. import tl
     from .._core import validate
+    from .._core.hints import set_by
     from ..models._folder import check_place
     from .training_file import read_training_file
 
     if (check_place(validate.folder_or_file(out, "--out")) / "card.json").exists() and not overwrite:
         raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it after training")
     sections, options = read_training_file(config, out)
-    trained = tl.train(sections, **options)
+    with set_by(mpp="set mpp = {0} in [train.keys]"):
+        trained = tl.train(sections, **options)
     from ..training._gradient.lightning import is_first_process
 
     # With several devices, every process reaches this line, with the same model.
@@ -168,10 +173,12 @@ def benchmark(
     """Cross-validate presets and baselines by section or patient of a data set; write table and figure."""
     from ..benchmark import cross_validation as _benchmark
     from ..benchmark import report as _benchmark_report
-    from ..io._files import check_folder
+    from ..io._files import check_folder, check_own_files
     from .training_file import read_toml, train_options
 
     check_folder(out, "--out")
+    others = [out / f"benchmark.{kind}" for kind in ("md", "png")]
+    check_own_files(out / "benchmark.csv", "folds,section,patient,predictor,", "--out", others)
     if cache is not None:
         check_folder(cache, "--cache")
     if data not in ("her2st", "hbcis"):
@@ -222,7 +229,9 @@ def benchmark(
 @app.command(cls=Command)
 def evaluate(
     path: Annotated[Path, typer.Argument(help="SpatialData zarr store with predicted and measured expression.")],
-    out: Annotated[Path | None, typer.Option(help="CSV file to write: metrics of each gene.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="CSV file to write: metrics of each gene. An earlier one is replaced.")
+    ] = None,
     layer: Annotated[
         str, typer.Option(help="Layer to evaluate: that of the prediction, or an adapted one.")
     ] = "he2gene",
@@ -245,7 +254,7 @@ def evaluate(
     """Compare a prediction and baselines with measured expression; print the summary. The store is not changed."""
     from .. import get, tl
     from .._core import validate
-    from ..io._files import check_writable
+    from ..io._files import check_own_files, check_writable
     from ..io._open import open_store
     from .evaluation_report import say_evaluation
 
@@ -255,6 +264,7 @@ def evaluate(
         raise ValueError(f"--out {str(out)!r}: the folder {str(out.resolve().parent)!r} does not exist")
     if out is not None:
         check_writable(out.resolve().parent, f"--out {str(out)!r}")
+        check_own_files(out, "gene,scope,section,predictor,", "--out")
     sdata = open_store(path)
     tl.evaluate(
         sdata,
@@ -295,7 +305,6 @@ def info(
 def main() -> None:
     """Run the command line; print user errors as one line, without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ome_zarr").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         # Raised by packages that are compiled on first import.

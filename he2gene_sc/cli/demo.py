@@ -60,12 +60,15 @@ def run(
         Function that prints a title and the rows of a table.
     """
     from .. import get, io, pl, tl
+    from ..io._files import check_own_files
 
     # The first line states whether the section was used for training.
     echo(_first_line(section, model))
     start = time.perf_counter()
     name, sdata = _load(section, echo)
     echo(f"Loaded in {time.perf_counter() - start:.1f} s (decoding the image included).")
+    written_later = [out / "annotation.png", out / f"{name}.zarr"]
+    check_own_files(out / "genes.csv", "gene,mean,pearson,", "--out", written_later)
     start = time.perf_counter()
     # Report reliability for new patients, also for a training section.
     tl.predict(sdata, model=model, known_patient=False)
@@ -222,7 +225,7 @@ def _report(
     figures = {"pearson": "Pearson here", "pcc": "held-out in training", "ceiling": "noise ceiling"}
     shown = dict.fromkeys([gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6]))
     show(
-        "Genes",
+        f"{len(shown)} of {len(by_name):,} genes",
         [
             {"gene": gene}
             | {name: f"{row[column]:.3f}" for column, name in figures.items()}

@@ -162,6 +162,7 @@ def _predict_one(
     import pandas as pd
 
     from .._core import validate
+    from .._core.hints import set_by
     from .._core.stores import resolved
     from ..cohort._job import Job, output_of
     from ..cohort._record import slide_summary
@@ -170,7 +171,8 @@ def _predict_one(
     path = validate.folder_or_file(path, "PATH")
     out = None if out is None else validate.folder_or_file(out, "--out")
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
-    written = predict_slide(job, model)
+    with set_by(mpp="give --mpp {0}"):
+        written = predict_slide(job, model)
     row = {"path": str(path), "output": str(written), "status": "predicted", **slide_summary(job, model)}
     _print(pd.DataFrame([row]), None, as_json=as_json)
 
@@ -201,7 +203,9 @@ def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
     if as_json:
         say_json(rows)
         return
-    say_table(f"{len(rows)} slides" if len(rows) > 1 else rows[0]["path"], [_shown(row) for row in rows])
+    trained_on = any(row["known_sections"] for row in rows)
+    shown = [_shown(row, trained_on=trained_on) for row in rows]
+    say_table(f"{len(rows)} slides" if len(rows) > 1 else rows[0]["path"], shown)
     for row in rows:
         if row["status"] != "failed":
             say(f"{'Written' if row['status'] == 'predicted' else 'Finished before'}: {row['output']}")
@@ -213,8 +217,8 @@ def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
         say(f"Written: {summary}")
 
 
-def _shown(row: dict[str, Any]) -> dict[str, str]:
-    """Format the summary of a slide for printing."""
+def _shown(row: dict[str, Any], *, trained_on: bool) -> dict[str, str]:
+    """Format the summary of a slide for printing; ``trained_on`` adds the training sections that it was recognised as."""
 
     def text(name: str, style: str) -> str:
         return "" if row[name] is None else format(row[name], style)
@@ -228,4 +232,5 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
         "like training": text("share_like_training", ".0%"),
         "annotated": text("share_annotated", ".0%"),
         "verdict": row["verdict"] or "",
+        **({"trained on": row["known_sections"]} if trained_on else {}),
     }

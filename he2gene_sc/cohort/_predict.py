@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
+from .._core.hints import set_by
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
 from ._job import Job
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
-_METRICS = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict")
+_METRICS = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict", "known_sections")
 #: Predict one slide at a time in a process, however many threads its worker has.
 _SLIDE_LOCK = threading.Lock()
 
@@ -82,8 +83,9 @@ def predict(
     pandas.DataFrame
         One row per slide, in the order of ``paths``: ``path``, ``output``, ``status`` (``"predicted"``, ``"skipped"``, ``"failed"``, or
         ``"not run"`` in the file of an interrupted run), ``spots``, ``mpp`` (missing if regions differ), ``share_on_tissue``,
-        ``share_like_training``, ``share_annotated`` (spots with a predicted class), ``verdict``, ``seconds``, ``warnings``,
-        ``error``; and ``patient`` and ``section``, if given.
+        ``share_like_training``, ``share_annotated`` (spots with a predicted class), ``verdict``, ``known_sections`` (training sections
+        that the slide was recognised as, so metrics on it are optimistic), ``seconds``, ``warnings``, ``error``; and ``patient`` and
+        ``section``, if given.
 
     Raises
     ------
@@ -178,7 +180,7 @@ class _Summary:
         self.path = path
         self.lost = False  # whether the file could not be written
         self.labels = sorted({name for job in jobs for name in job.labels})
-        texts = dict.fromkeys((*self.labels, "verdict", "warnings", "error"), "")
+        texts = dict.fromkeys((*self.labels, "verdict", "known_sections", "warnings", "error"), "")
         self.rows: list[dict[str, Any]] = [
             {"path": str(job.path), "output": str(job.output), "status": "not run", **texts, **job.labels}
             for job in jobs
@@ -341,7 +343,8 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
-    with _SLIDE_LOCK, own, warnings.catch_warnings(record=True) as caught, _settings(session):
+    named = set_by(mpp="pass mpp={0} (--mpp {0}), or add a column `mpp` to the manifest")
+    with _SLIDE_LOCK, own, named, warnings.catch_warnings(record=True) as caught, _settings(session):
         warnings.simplefilter("default")
         began = time.perf_counter()
         try:

@@ -64,6 +64,7 @@ def recorded_summary(record: Mapping[str, Any]) -> dict[str, Any]:
         "share_on_tissue": float(record.get("share_on_tissue", math.nan)),
         "share_like_training": 1 - float(share_ood),
         "verdict": str(record.get("verdict", "")),
+        "known_sections": ", ".join(map(str, _values(record.get("known_sections", [])))),
     }
 
 

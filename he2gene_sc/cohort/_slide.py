@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .._core.hints import set_to
 from .._core.keys import ATTRS
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
@@ -37,7 +38,10 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     in_place, source = job.in_place, job.source  # before the slide is read
     files = _element_digests(job.path) if in_place else {}
     if in_place and not job.keep_image:
-        raise ValueError("--no-image: PATH is updated in place and keeps its image; name another store with --out")
+        raise ValueError(
+            f"`keep_images` is False (--no-image), but store {str(job.path)!r} is updated in place and keeps its image; name another "
+            "store: --out, a column `output`, or `output_dir`"
+        )
     sdata = _open(job.path) if job.path.is_dir() else None
     check_target(job.output, overwrite=job.overwrite or in_place)
     _when_free(lambda: check_place(job.output, 0))
@@ -116,8 +120,8 @@ def _read_image(job: Job) -> SpatialData:
     sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
     if stored_mpp(sdata, "he") is None:
         raise ValueError(
-            "`mpp` of image 'he' is unknown: the file does not state it; give --mpp, or for many slides a column `mpp`, in "
-            "µm per pixel (0.5 for a 20× scan)"
+            "`mpp` of image 'he' is unknown: the file does not state it; in µm per pixel (0.5 for a 20× scan) "
+            f"{set_to('mpp', 0.5)}"
         )
     pp.tissue(sdata, method=job.tissue_method)  # type: ignore[arg-type]  # pp.tissue checks the name
     pp.grid(sdata, pitch_um=job.pitch_um)

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from .._core import validate
@@ -155,6 +156,21 @@ def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], 
             f"`{parameter}` {str(place)!r} exists; choose another name, or pass overwrite=True (--overwrite)"
         )
     return place
+
+
+def check_own_files(table: Path, columns: str, what: str, others: Iterable[Path] = ()) -> None:
+    """Raise if files would be replaced that the same command did not write: its table begins with these columns."""
+    found = [path for path in (table, *others) if path.exists()]
+    if table.is_file():
+        with table.open("rb") as file:
+            start = file.read(len(columns))
+        if start in (b"", columns.encode()):  # an empty file: nothing is lost
+            return
+    if found:
+        raise FileExistsError(
+            f"{what}: {str(found[0])!r} exists and was not written by this command, so it is not replaced; name another place, or "
+            "remove it"
+        )
 
 
 def check_folder(path: str | Path, parameter: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .._core import logs
 from ._save import is_store
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
     if not path.is_dir() or not _is_store(path, parameter):
         raise ValueError(f"{parameter} {str(path)!r} is not a SpatialData zarr store")
     try:
-        sdata = sd.read_zarr(path)
+        # ome_zarr warns of labels that name no parent image; spatialdata writes all labels like that.
+        with logs.silence("ome_zarr"):
+            sdata = sd.read_zarr(path)
         _read_a_pixel(sdata)
     except MemoryError:
         raise
@@ -57,7 +60,7 @@ def _damaged(path: Path) -> str:
         if not (path / kind).is_dir():
             continue
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), logs.silence("ome_zarr"):
                 warnings.simplefilter("ignore")
                 _read_a_pixel(sd.read_zarr(path, selection=(kind,)))
         except Exception:  # noqa: BLE001 - any error means damage

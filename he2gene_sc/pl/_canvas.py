@@ -15,12 +15,13 @@ import pandas as pd
 
 from .._core import validate
 from .._core.elements import check_spatialdata
+from .._core.hints import set_by
 from .._core.keys import Keys
 from .._core.mpp import affine, length_scale, transform_points
 from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
-from .._core.slide import Slide, resolve
+from .._core.slide import STATE_MPP, Slide, resolve
 from .._core.spots import SECTION, pitch_of, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 
@@ -265,14 +266,15 @@ def canvases(
         def recorded(name: str) -> Any:
             return record[name].get(region) if isinstance(record[name], Mapping) else record[name]
 
-        (slide,) = resolve(
-            data,
-            image_key=image_key or recorded("image"),
-            shapes_key=region,
-            table_key=key,
-            coordinate_system=coordinate_system or recorded("coordinate_system"),
-            mpp=None if recorded("mpp") is None else float(recorded("mpp")),
-        )
+        with set_by(mpp=STATE_MPP):
+            (slide,) = resolve(
+                data,
+                image_key=image_key or recorded("image"),
+                shapes_key=region,
+                table_key=key,
+                coordinate_system=coordinate_system or recorded("coordinate_system"),
+                mpp=None if recorded("mpp") is None else float(recorded("mpp")),
+            )
         return Canvas.of_slide(data, slide, data[key], region if len(regions) > 1 else "")
 
     return [canvas_of(region) for region in regions]

@@ -60,14 +60,7 @@ def paired_spots(
         raise ValueError(
             f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; pass the layer that it was adapted from"
         )
-    if trained := sections_trained_on(spots):
-        models = ", ".join(sorted(set(trained.values())))
-        warnings.warn(
-            f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so its errors are too small there; "
-            "leave these sections out",
-            UserWarning,
-            stacklevel=3,
-        )
+    warn_of_training_sections(spots, parameter, "its errors are too small there", stacklevel=4)
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
     truth, has_counts = measured_part(spots, measured, measured_scale, "counts")
     if not has_counts.any():
@@ -78,6 +71,17 @@ def paired_spots(
     pair = spots.take(has_counts), replace(truth, genes=spots.genes)
     warn_of_copied_spots(*pair, stacklevel=4)
     return pair
+
+
+def warn_of_training_sections(spots: SpotData, parameter: str, consequence: str, stacklevel: int) -> None:
+    """Warn of sections that a model was trained on, if known."""
+    if trained := sections_trained_on(spots):
+        models = ", ".join(sorted(set(trained.values())))
+        warnings.warn(
+            f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so {consequence}; leave these sections out",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def sections_trained_on(spots: SpotData) -> dict[str, str]:

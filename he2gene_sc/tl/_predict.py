@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -19,7 +20,7 @@ from .._core.logs import logger
 from .._core.model_genes import match_genes
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
-from .._core.predictions import head_digest
+from .._core.predictions import head_digest, summary_of
 from .._core.slide import Slide
 from ._embed import encode_slide
 from ._encoding import (
@@ -103,7 +104,7 @@ def predict(
     device
         ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"auto"``; default ``hg.settings.device``.
     show_progress_bar
-        Default ``hg.settings.show_progress_bar``.
+        Whether to show a bar and print a summary with the verdict on the slide; default ``hg.settings.show_progress_bar``.
     copy
         Do not change ``sdata``; return an object that shares its elements and has its own tables.
     **options
@@ -293,6 +294,9 @@ def predict(
         fill_table(target[measured], stacked)
     else:
         put_table(target, new_table, make_table(slides, stacked, like=table), keys)
+    logger.info("predict: %s", summary_of(record))
+    if how.bar:
+        print(f"predict: {summary_of(record)}", file=sys.stderr)
     return target if copy else None
 
 
@@ -302,7 +306,7 @@ def feature_settings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
-    """Return and log the share of spots on tissue and the out-of-distribution verdict, for ``uns``."""
+    """Return the share of spots on tissue and the out-of-distribution verdict, for ``uns``."""
     from ..image import MIN_TISSUE
     from ..models._ood import VERDICTS
 
@@ -314,7 +318,6 @@ def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
         score = np.concatenate([ood.score for ood in ood_results])
         summary["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
         summary["verdict"] = max((ood.verdict for ood in ood_results), key=VERDICTS.index)
-    logger.info("predict: %s", ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items()))
     return summary
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 
+import he2gene_sc as hg
+from he2gene_sc._core.hints import set_by, set_to
 from he2gene_sc._core.mpp import stored_mpp
 from he2gene_sc._core.slide import resolve, slides_of
 from tests.helpers.objects import two_regions
@@ -451,10 +453,25 @@ def test_too_small_bins_and_too_coarse_images_are_refused_with_a_solution():
 def test_a_resolution_tag_off_by_ten_is_named():
     sdata = slide_of(square(), 25.0)
     sdata.attrs["he2gene"] = {"mpp": {"he": 0.2}}
-    with pytest.warns(
-        UserWarning, match=r"which gives 2, ten times off; if that is right, pass mpp=2 \(.*SectionKeys\(mpp=2\)\)"
-    ):
+    with pytest.warns(UserWarning, match=r"which gives 2, ten times off; if that is right, pass mpp=2; if the"):
         resolve(sdata)
+
+
+def test_hints_on_mpp_name_the_argument_of_the_call():
+    sdata = slide_of(np.random.default_rng(0).uniform(20, 150, (40, 2)), 5.0)
+    unknown = "`mpp` of image 'he' is unknown: .*; "
+    with pytest.raises(ValueError, match=unknown + r"pass mpp=\.\.\.$"):
+        resolve(sdata)
+    with pytest.raises(ValueError, match=unknown + r"pass keys=hg\.SectionKeys\(mpp=\.\.\.\) "):
+        hg.tl.train([sdata])
+    with pytest.raises(
+        ValueError, match=unknown + r"state it: sdata\.attrs\.setdefault\('he2gene', \{\}\).*\[IMAGE\] = \.\.\.$"
+    ):
+        slides_of(sdata, sdata["table"])
+    # The outer caller is the one that the user called.
+    with set_by(mpp="give --mpp {0}"), set_by(mpp="pass keys=hg.SectionKeys(mpp={0})"):
+        assert set_to("mpp", 0.5) == "give --mpp 0.5"
+    assert set_to("mpp", 0.5) == "pass mpp=0.5"
 
 
 def test_mpp_of_few_visium_spots_is_computed_from_their_array_positions():

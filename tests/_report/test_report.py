@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 from importlib import import_module
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,12 +15,24 @@ from typer.testing import CliRunner
 import he2gene_sc as hg
 from he2gene_sc._core.keys import Keys
 from he2gene_sc._report.page import Section
-from he2gene_sc._report.slide import Slide, _biomarkers, _domains, _evaluation, _hex, _programmes, _quality
+from he2gene_sc._report.report import _names_of_slide
+from he2gene_sc._report.slide import (
+    Slide,
+    _biomarkers,
+    _domains,
+    _evaluation,
+    _genes,
+    _hex,
+    _programmes,
+    _quality,
+    _trust,
+)
 from he2gene_sc.cli.app import app
 from he2gene_sc.io._files import check_new_file
 
 pytestmark = pytest.mark.slow
 
+_OPTIONS = {"prediction_key": "he2gene", "table_key": None, "shapes_key": None}
 ORDER = ["new-patient", "slide", "tissue", "annotation", "genes", "chosen-genes", "not-reliable", "run"]
 
 
@@ -96,6 +109,40 @@ def test_names_are_text_and_nothing_is_loaded_or_run(reported):
     assert sum(address.startswith("data:") for address in addresses) == 4
     assert not any(name.startswith("on") for _, found in reported.tags for name in found)
     assert all(found.get("alt") for tag, found in reported.tags if tag == "img")
+
+
+def test_shortened_lists_and_the_slide_are_named(reported, plain, tmp_path, monkeypatch):
+    assert "10 of 10 reliable genes are listed" in reported.text
+    assert "The best 1 of 10 reliable genes." in reported.text
+    assert reported.text.startswith("Predicted expression: toy-0")
+    monkeypatch.setattr("he2gene_sc._report.slide._N_ROWS", 3)
+    table = plain["table"]
+    table.var["he2gene_reliable"] = table.var["he2gene_predicted"]
+    slide = Slide(table, table, Keys(), table.uns["he2gene"], None, [], 1, {})
+    monkeypatch.setattr(Slide, "draw", lambda *_, **__: None)
+    section = _genes(slide)
+    assert section.text == [
+        "3 of 39 reliable genes are listed, by held-out correlation. All: hg.get.genes(sdata, reliable=True)."
+    ]
+    assert len(section.tables[0].rows) == 3
+
+
+def test_a_slide_without_section_is_named_by_its_store_or_patient(plain, tmp_path):
+    table = plain["table"]
+    assert _names_of_slide(plain, table) == ["toy-0"]
+    for names in ("section", None):
+        table.obs["section"] = pd.Categorical([names] * table.n_obs, categories=["section"])
+        assert _names_of_slide(plain, table) == ["toy"]  # the patient
+    plain.path = tmp_path / "slide 7.zarr"
+    assert _names_of_slide(plain, table) == ["slide 7"]
+
+
+def test_the_page_says_where_the_table_of_genes_of_the_card_is(plain):
+    card = SimpleNamespace(intended_use="Tests.", limitations=["Use the column `reliable` of genes.csv."])
+    section = _trust(Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], card, [], 1, _OPTIONS))
+    assert section.tables[0].rows[0][0].text == (
+        "Use the column `reliable` of genes.csv (in the folder of the model; on this page: Reliable genes)."
+    )
 
 
 def test_without_a_reliable_gene_the_page_gives_advice(plain, tmp_path):
@@ -237,6 +284,18 @@ def test_only_our_pages_are_replaced(plain, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_index_of_others_is_not_replaced(tmp_path):
+    index = tmp_path / "out" / "index.html"
+    index.parent.mkdir()
+    index.write_text("mine")
+    stores = [tmp_path / "a.zarr", tmp_path / "b.zarr"]
+    with pytest.raises(FileExistsError, match=r"`path` .*index\.html' exists; .*--overwrite"):
+        hg.report(stores, index.parent)
+    done = CliRunner().invoke(app, ["report", *map(str, stores), "--out", str(index.parent)])
+    assert isinstance(done.exception, FileExistsError)
+    assert index.read_text() == "mine"
+
+
 def test_bad_arguments_raise_before_any_work(plain, toy, tmp_path):
     with pytest.raises(ValueError, match=r"`genes` \['NOGENE'\] were not predicted"):
         hg.report(plain, tmp_path / "a.html", genes=["NOGENE"])
@@ -281,11 +340,11 @@ def test_each_slide_gets_a_page_and_an_index_links_to_them(plain, tmp_path):
 
 
 def test_an_index_of_stores_lists_spots_and_verdict(plain, tmp_path):
-    plain["table"].uns["he2gene"]["verdict"] = "like the training data"
+    plain["table"].uns["he2gene"] |= {"verdict": "like the training data", "known_sections": ["S1"]}
     store = hg.io.save(plain, tmp_path / "a.zarr")
     text = Page(hg.report([store], tmp_path / "reports")).text
-    names = r"spots\s+share_on_tissue\s+share_like_training\s+verdict"
-    assert re.search(names + r"\s+a\s+30\s+[\d.]+\s+–\s+like the training data", text)
+    names = r"spots\s+share_on_tissue\s+share_like_training\s+verdict\s+known_sections"
+    assert re.search(names + r"\s+a\s+30\s+[\d.]+\s+–\s+like the training data\s+S1", text)
 
 
 def test_the_command_writes_a_report(plain, tmp_path):

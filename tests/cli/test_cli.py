@@ -123,7 +123,7 @@ def test_a_store_without_a_copy_of_the_pixels(run, image):
 def test_a_store_that_is_updated_keeps_its_image(main, store):
     code, _, err = main("predict", store, "--no-image")
     assert code == 1
-    assert "--no-image: PATH is updated in place and keeps its image" in err
+    assert f"`keep_images` is False (--no-image), but store '{store}' is updated in place and keeps its image" in err
     assert "he2gene" not in sd.read_zarr(store)["table"].layers
 
 
@@ -458,7 +458,7 @@ def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("slide.png", "give --mpp"), ("folder", "is not a SpatialData zarr store")]
+    ("name", "problem"), [("slide.png", "give --mpp 0.5"), ("folder", "is not a SpatialData zarr store")]
 )
 def test_invalid_inputs_of_predict_are_refused_before_work(toy, tmp_path, capsys, monkeypatch, name, problem):
     (tmp_path / "folder").mkdir()

@@ -2,8 +2,10 @@
 
 import io
 import json
+import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -64,6 +66,35 @@ def test_predict_and_evaluate_end_with_a_summary_or_json(bundled, tmp_path):
         if (r["scope"], r["predictor"]) == ("section", "he2gene") and r["panel"] == "all genes"
     ]
     assert np.isfinite(row["pearson_mean"])
+
+
+def test_a_training_section_is_named_in_the_table_of_slides(capsys):
+    from he2gene_sc.cli import output, prediction
+
+    row = {"path": "A.zarr", "output": "A.zarr", "status": "predicted", "spots": 3, "mpp": 1.0, "verdict": "new"}
+    row |= dict.fromkeys(("share_on_tissue", "share_like_training", "share_annotated"), 1.0) | {"known_sections": ""}
+    output._STDOUT.set(sys.stdout)
+    prediction._print(pd.DataFrame([row, row]), None, as_json=False)
+    assert "trained on" not in " ".join(capsys.readouterr().out.split())
+    prediction._print(pd.DataFrame([row, row | {"known_sections": "C4"}]), None, as_json=False)
+    assert any(line.split()[-2:] == ["new", "C4"] for line in capsys.readouterr().out.splitlines())
+
+
+def test_files_of_others_are_not_replaced(tmp_path, bundled, monkeypatch):
+    from he2gene_sc.io._files import check_own_files
+
+    monkeypatch.setattr("he2gene_sc.io._open.open_store", pytest.fail)
+    monkeypatch.setattr(hg.tl, "predict", pytest.fail)
+    monkeypatch.setattr("he2gene_sc.cli.demo._load", lambda *_: ("toy", None))
+    mine = tmp_path / "genes.csv"
+    mine.write_text("gene,mine\n")
+    for command in (("evaluate", tmp_path, "--out", mine), ("demo", "--out", tmp_path)):
+        with pytest.raises(FileExistsError, match=r"--out: .*genes\.csv' exists and was not written by this command"):
+            run(*command)
+    (tmp_path / "new" / "benchmark.md").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"--out: .*benchmark\.md' exists"):
+        run("benchmark", "--out", tmp_path / "new")
+    check_own_files(mine, "gene,mine", "--out", [tmp_path])
 
 
 def test_train_prints_a_summary_of_the_model(monkeypatch, tiny_model, tmp_path):

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 
 COLUMNS = [
     *("path", "output", "patient", "status", "spots", "mpp", "share_on_tissue", "share_like_training"),
-    *("share_annotated", "verdict", "seconds", "warnings", "error"),
+    *("share_annotated", "verdict", "known_sections", "seconds", "warnings", "error"),
 ]
 
 
@@ -488,14 +488,15 @@ def test_workers_share_the_cores(monkeypatch, n_slides, n_workers, threads):
 def test_the_summary_is_of_the_requested_table(finished, model, tmp_path):
     sdata = sd.read_zarr(finished)
     sdata["another"] = sdata["table"][:3].copy()
-    sdata["another"].uns["he2gene"] = {**sdata["another"].uns["he2gene"], "n_spots": 3}
+    record = {**sdata["another"].uns["he2gene"], "n_spots": 3, "known_sections": ["S1", "S2"]}
+    sdata["another"].uns["he2gene"] = record
     sdata.write(tmp_path / "A.zarr")
     slide = Job(tmp_path / "A.zarr", (tmp_path / "A.zarr").resolve())
-    found = {
-        name: slide_summary(replace(slide, options={"table_key": name}), model)["spots"]
-        for name in ("another", "table")
+    found = {name: slide_summary(replace(slide, options={"table_key": name}), model) for name in ("another", "table")}
+    assert {name: (row["spots"], row["known_sections"]) for name, row in found.items()} == {
+        "another": (3, "S1, S2"),
+        "table": (4, ""),
     }
-    assert found == {"another": 3, "table": 4}
 
 
 @pytest.mark.parametrize(

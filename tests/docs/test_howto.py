@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 import he2gene_sc as hg
-from tests.helpers.vendor_folders import MPP, REDUCED, reduce, toy_slide, visium, visium_hd, xenium
+from tests.helpers.vendor_folders import MPP, REDUCED, reduce, st, toy_slide, visium, visium_hd, xenium
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -71,6 +71,17 @@ def test_cells_of_xenium_are_read_predicted_on_the_aligned_image_and_drawn(run_p
     assert record["image"] == "he"
     assert record["mpp"] == pytest.approx(MPP)
     check_prediction(sdata["table"], 25)
+
+
+def test_files_of_legacy_st_are_read_predicted_and_evaluated(run_page, tmp_path):
+    st(tmp_path)
+    table = run_page("st")["sdata"]["table"]
+    assert table.uns["he2gene"]["mpp"] == pytest.approx(MPP)
+    assert set(table.obs["section"]) == {"C5"}
+    assert set(table.obs["patient"]) == {"C"}
+    assert "he2gene_eval" in table.uns
+    check_prediction(table, 20)
+    assert (tmp_path / "C5.zarr").is_dir()
 
 
 def test_a_whole_slide_of_aperio_is_predicted_on_a_grid(run_page, tmp_path):

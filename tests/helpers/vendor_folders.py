@@ -58,6 +58,21 @@ def _write_reduced_images(spatial, pixels):
     return {f"tissue_{name}_scalef": 1 / step for name, step in REDUCED.items()}
 
 
+def st(folder):
+    """Write counts of the ST pipeline, a spot file of the ST spot detector and the image for 20 spots of legacy ST."""
+    pixels, counts, genes = toy_slide(20)
+    y, x = np.divmod(np.arange(20), 5)
+    position = pd.DataFrame({"x": x + 10, "y": y + 7})
+    names = position["x"].astype(str) + "x" + position["y"].astype(str)
+    pd.DataFrame(counts.toarray(), index=names, columns=genes).to_csv(folder / "counts.tsv.gz", sep="\t")
+    pixel = {"pixel_x": (x + 1) * 200 / MPP, "pixel_y": (y + 1) * 200 / MPP}
+    spots = position.assign(new_x=position["x"], new_y=position["y"], **pixel, selected=1)
+    # A spot beside the tissue, which the pipeline counted nothing for.
+    spots.loc[20] = [30, 30, 30, 30, 0, 0, 0]
+    spots.to_csv(folder / "spots.tsv", sep="\t", index=False)
+    Image.fromarray(pixels).save(folder / "slide.jpg", quality=95)
+
+
 def visium(folder, version):
     """Write ``outs`` of Space Ranger 1, 2 or 3 for 20 spots of Visium, and ``slide.tif`` beside it."""
     pixels, counts, genes = toy_slide(20)

@@ -10,10 +10,12 @@ import pytest
 import spatialdata as sd
 import tifffile
 from PIL import Image
+from spatialdata.models import Labels2DModel
 from spatialdata.transformations import get_transformation
 
 import he2gene_sc as hg
 from he2gene_sc.io import _decode
+from he2gene_sc.io._open import open_store
 from tests.helpers.pictures import mpp_of, picture, pixels_of
 
 # Flat images
@@ -613,3 +615,13 @@ def test_a_rotated_image_is_refused_together_with_spots(tmp_path):
     Image.fromarray(picture(512, 512)).save(tmp_path / "turned.jpg", exif=exif)
     with pytest.raises(ValueError, match=r"`image` 'turned.jpg' is stored mirrored or rotated \(orientation 6\)"):
         hg.io.read_st(counts, spots, tmp_path / "turned.jpg")
+
+
+def test_reading_a_store_with_labels_logs_nothing_of_ome_zarr(tmp_path, caplog):
+    labels = Labels2DModel.parse(np.ones((8, 8), np.int16), dims=("y", "x"))
+    sd.SpatialData(labels={"mask": labels}).write(tmp_path / "a.zarr")
+    sd.read_zarr(tmp_path / "a.zarr")
+    assert "no parent found" in caplog.text
+    caplog.clear()
+    assert "mask" in open_store(tmp_path / "a.zarr")
+    assert not caplog.records

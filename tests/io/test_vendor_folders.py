@@ -199,7 +199,7 @@ ODD = {
     "v2: the diameter is 0": (factors(spot_diameter_fullres=0), READER),
     "v2: the diameter is that of another slide": (
         factors(spot_diameter_fullres=110.0),
-        r"ValueError: .*Either the diameter is that of another slide, then pass mpp=2 ",
+        r"ValueError: .*Either the diameter is that of another slide, then pass mpp=2; ",
     ),
     "v2: the hires factor is that of another slide": (factors(tissue_hires_scalef=0.05), OTHER_TISSUE),
     "v2: the hires factor is NaN": (factors(tissue_hires_scalef=np.nan), "ValueError: .*NaN or infinite numbers"),

@@ -1,5 +1,6 @@
 """Only slides that a model was trained on are recognised by their pixels."""
 
+import contextlib
 import logging
 from dataclasses import replace
 from unittest import mock
@@ -12,6 +13,7 @@ import zarr
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
+from he2gene_sc._core.predictions import summary_of
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.cohort._record import _same_patient
 from he2gene_sc.image import Level, Pyramid, pixels_sha256
@@ -127,6 +129,29 @@ def test_a_section_of_training_is_a_known_patient_and_the_log_says_so(toy, model
         )
 
 
+def test_predict_prints_its_summary_below_the_bar(toy, tiny_model, capsys):
+    hg.tl.predict(toy, model=tiny_model, show_progress_bar=True)
+    printed = capsys.readouterr().err
+    assert "predict: 30 spots, 100% on tissue" in printed
+    hg.tl.predict(toy, model=tiny_model, show_progress_bar=False)
+    assert not capsys.readouterr().err
+
+
+def test_the_summary_has_the_verdict_and_training_sections():
+    record = {
+        "n_spots": {"a": 3, "b": 1000},
+        "share_on_tissue": 0.9,
+        "verdict": "new",
+        "share_out_of_distribution": 0.2,
+    }
+    assert summary_of(record) == (
+        "1,003 spots, 90% on tissue; compared with the training data: new (20% of the spots out of distribution)"
+    )
+    assert summary_of(record | {"known_sections": ["S1"]}).endswith(
+        "; the model was trained on this image (section 'S1'), so metrics are optimistic"
+    )
+
+
 @pytest.mark.parametrize("known_patient", [None, False])
 def test_training_sections_are_recognised_in_comparisons_whatever_their_name(toy, model, known_patient):
     toy["table"].obs["section"], toy["table"].obs["patient"] = "another name", "P9"
@@ -135,6 +160,9 @@ def test_training_sections_are_recognised_in_comparisons_whatever_their_name(toy
         hg.tl.evaluate(toy, key_added="judged")
     with pytest.warns(UserWarning, match=r"`data`: sections \['S1'\] are in the training set of tiny"):
         hg.tl.compare(toy, "he2gene")
+    # One patient is too few for a test; the warning comes first.
+    with pytest.warns(UserWarning, match="the agreement is too high"), contextlib.suppress(ValueError):
+        hg.tl.concordance(toy, "pathologist", groups="tumour")
     sets = {"some": toy["table"].var_names[:5].tolist()}
     with pytest.warns(UserWarning, match=r"none is reliable: the model was trained on S1"):
         found = hg.tl.programmes(toy, sets, held_out=toy)

@@ -17,6 +17,7 @@ from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.results import write_to_all
 from ..._core.spots import SpotData, is_many, read_spots
+from .._paired import warn_of_training_sections
 from . import reference_fields
 from .compare import adjust_pvalues, compare, group_names, method_for
 from .design import Design
@@ -95,7 +96,7 @@ def concordance(
     biomarkers, adjusted for depth if it holds logarithms; the references are not adjusted. Colour needs objects with images.
 
     Measured effects are noisy too, so the agreement of a perfect prediction is below 1. If the model was trained on
-    these sections, the agreement is too high.
+    these sections, the agreement is too high; a warning names them, if known.
 
     Examples
     --------
@@ -124,6 +125,7 @@ def concordance(
     for table in spots.tables:
         check_free(table, "concordance", key_added)
     tables = spots.tables
+    warn_of_training_sections(spots, "data", "the agreement is too high", stacklevel=3)
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale)
     known, seen = measured_part(spots, measured, measured_scale)
     if not seen.any():
