@@ -119,7 +119,8 @@ def intervals(
     al., J Am Stat Assoc 2018, sec. 5.2). Its quantile is taken by predicted class (Mondrian: Vovk, Gammerman and Shafer 2005, sec.
     4.5), with sections or patients as the unit (Lee, Barber and Willett, arXiv 2306.06342). The guarantee needs nine groups, and
     ``coverage / (1 - coverage)`` groups above 90 %. With ``by="level"`` it needs 19 groups for 90 %, since each side is calibrated
-    separately. The bundled model has six sections of three patients, so it has no guarantee, see ``docs/trust.md``.
+    separately. The bundled model has six sections of three patients, so it has no guarantee: spots of a new patient, and spots of low
+    depth, are covered less often than ``coverage``, whatever ``by``. See ``docs/trust.md``; :func:`he2gene_sc.get.coverage` measures it.
 
     Examples
     --------

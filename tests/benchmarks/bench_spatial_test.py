@@ -9,6 +9,7 @@
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py stretched 1000 D1 hex/exponential
     python tests/benchmarks/bench_spatial_test.py serial 5000
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py tails 500 D1
+    python tests/benchmarks/bench_spatial_test.py ranges 1000
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_spatial_test.py depth 400 D1
     python tests/benchmarks/bench_spatial_test.py speed 14000
 
@@ -347,6 +348,24 @@ def tails(genes, names):
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
+def ranges(genes, _):
+    """Exponential fields with another range in the group than outside (Paciorek and Schervish 2006), or a break at its border."""
+    rows, columns = np.divmod(np.arange(306), 18)
+    xy = np.column_stack([columns + 0.5 * (rows % 2), rows * np.sqrt(0.75)])
+    side, distance = np.ptp(xy, axis=0).max(), cdist(xy, xy)
+    for label, group in list(margins(xy))[:3]:
+        row = []
+        pairs = ((1 / 8, 1 / 8), (1 / 16, 1 / 8), (1 / 8, 1 / 16), (1 / 16, 1 / 4), (1 / 4, 1 / 16), (1 / 8, 1 / 8))
+        for i, (inside, outside) in enumerate(pairs):
+            reach = np.where(group, inside, outside) * side
+            squares = np.add.outer(reach**2, reach**2) / 2
+            cov = np.outer(reach, reach) / squares * np.exp(-distance / np.sqrt(squares))
+            cov[np.logical_xor.outer(group, group)] *= i < len(pairs) - 1  # the last pair: a break
+            pvalues = spatial_test(draw(cov, genes, np.random.default_rng(0)), group, xy, check_top=0).pvalues
+            row.append(f"{share(pvalues).strip()} ({lowest(pvalues)})")
+        print(f"| {label} ({group.sum()}) | {' | '.join(row)} |", flush=True)
+
+
 def depth(genes, names):
     """Size of ``hg.tl.biomarkers(method="spatial")`` in layers that follow the real depth of the spots; no gene differs."""
     import warnings
@@ -410,5 +429,5 @@ if __name__ == "__main__":
         "large": large,
         "variances": variances,
         "speed": speed,
-    } | {"stretched": stretched, "serial": serial, "tails": tails, "depth": depth}
+    } | {"stretched": stretched, "serial": serial, "tails": tails, "depth": depth, "ranges": ranges}
     tables[sys.argv[1]](int(sys.argv[2]), sys.argv[3:])

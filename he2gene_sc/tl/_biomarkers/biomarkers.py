@@ -131,8 +131,11 @@ def biomarkers(
     -----
     Labels that were predicted from the same image as the genes share its errors. Clusters of genes
     (``hg.tl.domain_preservation``) share the noise of these genes. In both cases the p-values are not valid and the result is
-    marked ``circular``, also for renamed or merged levels of such labels. Assumptions and formulas of every method:
-    ``docs/statistics/methods.md``, error rates: ``docs/statistics/validation.md``.
+    marked ``circular``, also for renamed or merged levels of such labels.
+
+    P-values are also too small if half of the genes or more change in one direction, if differences of many patients are skewed in one
+    direction, or if a layer depends on depth otherwise between groups than within them (a warning). Assumptions and formulas of every
+    method: ``docs/statistics/methods.md``, error rates: ``docs/statistics/validation.md``.
 
     Examples
     --------

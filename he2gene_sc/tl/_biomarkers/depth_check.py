@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse import csr_array
 
 from .contrast import Contrast
 from .sums import DepthCells
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 _FOLLOWED, _MIN_SIZE = (2 / 3, 1.5), 0.5
 #: Parts of a section, and fewest spots of each group in a part.
 _PARTS, _PART_SPOTS = 4, 5
+#: Values that are converted to double precision at a time.
+_NUMBERS = 2**23
 
 
 def doubt_over_samples(contrast: Contrast) -> tuple[str, str]:
@@ -45,13 +46,16 @@ def doubt_over_parts(
         return "", ""
     code = parts[kept] * 2 + ~group[kept]
     x = log_depth[kept] - log_depth[kept].mean()
-    rows = np.flatnonzero(kept)
-    shape = (2 * n, len(values))
+    weights = np.zeros((2, 2 * n, len(values)))
+    weights[0, code, np.flatnonzero(kept)] = 1
+    weights[1, code, np.flatnonzero(kept)] = x
+    flat = weights.reshape(-1, len(values))
+    step = max(1, _NUMBERS // len(values))
+    blocks = (values[:, i : i + step].astype(np.float64) for i in range(0, values.shape[1], step))
+    both = np.hstack([flat @ block for block in blocks]).reshape(2, n, 2, -1)
+    sums, products = both[0].transpose(1, 0, 2), both[1]
     spots = np.bincount(code, minlength=2 * n).reshape(n, 2)
-    sums = csr_array((np.ones(len(rows)), (code, rows)), shape) @ values
-    products = (csr_array((x, (code, rows)), shape) @ values).reshape(n, 2, -1)
-    depths, squares = (np.bincount(code, weights, 2 * n).reshape(n, 2) for weights in (x, np.square(x)))
-    sums = sums.reshape(n, 2, -1).transpose(1, 0, 2)
+    depths, squares = (np.bincount(code, numbers, 2 * n).reshape(n, 2) for numbers in (x, np.square(x)))
     sides = [np.array([True, False]), np.array([False, True])]
     adjustment, _ = DepthCells(depths, squares, products).adjust(sides, spots.T, sums, np.ones(n, bool))
     raw = sums[0] / spots[:, :1] - sums[1] / spots[:, 1:]
