@@ -437,7 +437,7 @@ def test_results_of_several_tables_are_written_to_all_or_none():
     before = [snapshot(slide) for slide in slides]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore")
-        warnings.filterwarnings("error", message=".*removed")
+        warnings.filterwarnings("error", message=".*removed", category=UserWarning)
         with pytest.raises(UserWarning, match="removed"):
             hg.tl.biomarkers(slides, **run, groups=["tumour"])
     assert [snapshot(slide) for slide in slides] == before

@@ -26,12 +26,19 @@ from he2gene_sc.io import _files
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def store(tmp_path):
+@pytest.fixture(scope="module")
+def small_store(tmp_path_factory):
+    """Store that each test copies."""
+    path = tmp_path_factory.mktemp("small") / "slide.zarr"
     sdata = hg.datasets.toy((3, 4), mpp=2.0)
     sdata.points["cells"] = PointsModel.parse(pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0]}))
-    sdata.write(tmp_path / "slide.zarr")
-    return tmp_path / "slide.zarr"
+    sdata.write(path)
+    return path
+
+
+@pytest.fixture
+def store(small_store, tmp_path):
+    return Path(shutil.copytree(small_store, tmp_path / "slide.zarr"))
 
 
 def test_a_store_that_was_moved_is_not_replaced_by_a_black_image(store, tmp_path):

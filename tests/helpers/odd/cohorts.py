@@ -433,7 +433,8 @@ def _put(name: str, value: Any) -> Callable[[Path], Any]:
         if name in group:
             del group[name]
         if value is not None:
-            write_elem(group, name, value)
+            parent, _, key = name.rpartition("/")
+            write_elem(group[parent] if parent else group, key, value)
 
     return apply
 
