@@ -12,9 +12,9 @@ from .sums import DepthCells
 if TYPE_CHECKING:
     from ...stats import SpatialTest
 
-#: Bounds of the share of the depth adjustment that the groups show, and size of the wrong part of the adjustment (its square over
-#: that of the standard error) above which a share outside of them is reported.
-_FOLLOWED, _MIN_SIZE = (2 / 3, 1.5), 0.5
+#: Share of the depth adjustment that the groups show below or above which it is doubtful, and size of its wrong part (its square over
+#: that of the standard error) from which this is reported; larger above, since genes of the denser group often follow depth within it.
+_TOO_LITTLE, _TOO_MUCH = (2 / 3, 0.5), (1.5, 1.0)
 #: Parts of a section, and fewest spots of each group in a part.
 _PARTS, _PART_SPOTS = 4, 5
 #: Values that are converted to double precision at a time.
@@ -85,14 +85,15 @@ def section_parts(group: np.ndarray, xy: np.ndarray, sections: np.ndarray) -> np
 
 
 def _doubt(followed: float, size: float) -> tuple[str, str]:
-    if not (size > _MIN_SIZE and not _FOLLOWED[0] <= followed <= _FOLLOWED[1]):
+    little = followed < _TOO_LITTLE[0] and size > _TOO_LITTLE[1]
+    if not little and not (followed > _TOO_MUCH[0] and size > _TOO_MUCH[1]):
         return "", ""
     found = (
         "the adjustment for depth uses its slope within the groups, but the difference between the groups is "
-        f"{'only ' if followed < 1 else ''}{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear "
+        f"{'only ' if little else ''}{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear "
         "different"
     )
-    if followed < 1:
+    if little:
         return found, "Trust only genes that are also significant with design=hg.Design(depth=None)"
     return found, (
         "Counts of single spots may be too noisy for the slope: pass a column with their mean over neighbouring spots as "
