@@ -1,25 +1,26 @@
-"""Hints of errors and warnings: how the caller sets a parameter, in Python, in a shell or in a file."""
+"""Hints of errors and warnings on µm per pixel: how the caller states it, in Python, in a shell or in a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-#: Form of the hint on a parameter, with ``{0}`` for its value; other parameters are keyword arguments.
-_FORMS: ContextVar[Mapping[str, str] | None] = ContextVar("forms", default=None)
+#: Hint of verbs without an argument for µm per pixel.
+STATE_MPP = "state it: sdata.attrs.setdefault('he2gene', {{}}).setdefault('mpp', {{}})[{image!r}] = {mpp}"
+_HINT: ContextVar[str] = ContextVar("mpp_hint", default="")
 
 
 @contextmanager
-def set_by(**forms: str) -> Iterator[None]:
-    """Give hints on parameters in the form of the caller, such as ``mpp="give --mpp {0}"``; an outer caller has priority."""
-    token = _FORMS.set({**forms, **(_FORMS.get() or {})})
+def use_mpp_hint(hint: str) -> Iterator[None]:
+    """Give hints in the form of the caller, such as ``"give --mpp {mpp}"``; that of an outer caller has priority."""
+    token = _HINT.set(_HINT.get() or hint)
     try:
         yield
     finally:
-        _FORMS.reset(token)
+        _HINT.reset(token)
 
 
-def set_to(parameter: str, value: object, form: str = "") -> str:
-    """Return how to set a parameter to a value; ``form`` replaces ``pass parameter=value``, the default."""
-    return (_FORMS.get() or {}).get(parameter, form or f"pass {parameter}={{0}}").format(value)
+def mpp_hint(image_key: str, mpp: float | None = None) -> str:
+    """Return how to set µm per pixel of an image to a value; ``None``: to one that only the user knows."""
+    return (_HINT.get() or "pass mpp={mpp}").format(image=image_key, mpp="..." if mpp is None else f"{mpp:.4g}")

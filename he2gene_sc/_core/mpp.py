@@ -11,7 +11,7 @@ import pandas as pd
 
 from . import validate
 from .elements import he2gene_attrs, spot_element
-from .hints import set_to
+from .hints import mpp_hint
 from .keys import ATTRS
 from .logs import logger
 from .rasters import levels
@@ -135,7 +135,8 @@ def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
         f"`mpp` of image {image_key!r} was stated as {mpp:.4g} for {was[0]:.0f} × {was[1]:.0f} pixels, but the image now has "
         f"{now[0]:.0f} × {now[1]:.0f}"
     )
-    own = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}, or {set_to('mpp', f'{likely:.4g}')}"
+    own, hint = f"state it: sdata.attrs[{ATTRS!r}]['mpp'][{image_key!r}] = {likely:.4g}", mpp_hint(image_key, likely)
+    own += "" if hint.startswith("state it") else f", or {hint}"
     if (size > 1).any() or (not same_scale and (abs(size * scale - 1) < 0.02).all()):
         raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
     warnings.warn(
@@ -227,7 +228,7 @@ def resolve_mpp(
             for system in get_transformation(sdata.images[image_key], get_all=True)
         }
         hint = "".join(
-            f"; if coordinate system {system!r} is in µm, {set_to('mpp', f'{value:.4g}')}"
+            f"; if coordinate system {system!r} is in µm, {mpp_hint(image_key, value)}"
             for system, value in per_unit.items()
             if abs(value - 1) > 1e-6
         )
@@ -236,13 +237,13 @@ def resolve_mpp(
             raise ValueError(
                 f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
                 f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
-                f"slide, then {set_to('mpp', f'{by_array[0]:.4g}')}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
+                f"slide, then {mpp_hint(image_key, by_array[0])}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
                 f"then transform them: {scaled(diameter_px / width)}"
             )
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
             f"object does not state it and the spots are not a lattice of Visium, Visium HD or legacy ST"
-            f"{hint or '; ' + set_to('mpp', '...')}"
+            f"{hint or '; ' + mpp_hint(image_key)}"
         )
 
     assay = assay or by_array
@@ -253,7 +254,7 @@ def resolve_mpp(
         cause = (
             f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
             if in_um
-            else f"if that is right, {set_to('mpp', f'{assay[0]:.4g}')}; if the coordinates are {_coordinate_frame(1 / ratio)}, "
+            else f"if that is right, {mpp_hint(image_key, assay[0])}; if the coordinates are {_coordinate_frame(1 / ratio)}, "
             f"transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
@@ -267,14 +268,14 @@ def resolve_mpp(
         warnings.warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If so, the wrong pixels are read; transform them by the true µm/px, for "
-            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {set_to('mpp', '1.0')}",
+            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {mpp_hint(image_key, 1.0)}",
             UserWarning,
             stacklevel=4,
         )
     if not measured and found[1] == (assay and assay[1]):
         warnings.warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. These "
-            f"spots have no counts, so they may not be of this assay; to be sure, {set_to('mpp', '...')}",
+            f"spots have no counts, so they may not be of this assay; to be sure, {mpp_hint(image_key)}",
             UserWarning,
             stacklevel=4,
         )

@@ -11,7 +11,7 @@ import pandas as pd
 
 from ..image import PatchReader, Pyramid
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
-from .hints import set_by
+from .hints import STATE_MPP, use_mpp_hint
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import OWN_TABLE
 from .logs import logger
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-#: Hint on µm per pixel of verbs without an argument for it.
-STATE_MPP = "state it: sdata.attrs.setdefault('he2gene', {{}}).setdefault('mpp', {{}})[IMAGE] = {0}"
 #: Pixels across a spot from which its mean colour is computed.
 _COLOUR_PX = 32
 #: Least size of a spot on the image; cells and bins, narrower than ``_WIDE_UM``, may have fewer pixels.
@@ -220,7 +218,7 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
     regions = [region for region in regions if region in _as_list(record.get("shapes", regions))] or regions
     found: list[Slide] = []
     for region in regions:
-        with set_by(mpp=STATE_MPP):
+        with use_mpp_hint(STATE_MPP):
             found += resolve(
                 sdata,
                 image_key=recorded("image", region),

@@ -125,14 +125,14 @@ def train(
     """
     from .. import tl
     from .._core import validate
-    from .._core.hints import set_by
+    from .._core.hints import use_mpp_hint
     from ..models._folder import check_place
     from .training_file import read_training_file
 
     if (check_place(validate.folder_or_file(out, "--out")) / "card.json").exists() and not overwrite:
         raise FileExistsError(f"OUT {str(out)!r} holds a model; --overwrite replaces it after training")
     sections, options = read_training_file(config, out)
-    with set_by(mpp="set mpp = {0} in [train.keys]"):
+    with use_mpp_hint("set mpp = {mpp} in [train.keys]"):
         trained = tl.train(sections, **options)
     from ..training._gradient.lightning import is_first_process
 

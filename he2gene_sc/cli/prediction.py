@@ -162,7 +162,7 @@ def _predict_one(
     import pandas as pd
 
     from .._core import validate
-    from .._core.hints import set_by
+    from .._core.hints import use_mpp_hint
     from .._core.stores import resolved
     from ..cohort._job import Job, output_of
     from ..cohort._record import slide_summary
@@ -171,7 +171,7 @@ def _predict_one(
     path = validate.folder_or_file(path, "PATH")
     out = None if out is None else validate.folder_or_file(out, "--out")
     job = Job(path, output_of(path) if out is None else resolved(out), options, **further)
-    with set_by(mpp="give --mpp {0}"):
+    with use_mpp_hint("give --mpp {mpp}"):
         written = predict_slide(job, model)
     row = {"path": str(path), "output": str(written), "status": "predicted", **slide_summary(job, model)}
     _print(pd.DataFrame([row]), None, as_json=as_json)

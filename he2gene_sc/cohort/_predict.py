@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._core import validate
-from .._core.hints import set_by
+from .._core.hints import use_mpp_hint
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
 from ._job import Job
@@ -273,7 +273,9 @@ def _is_summary(path: Path) -> bool:
     with path.open("rb") as file:
         header = file.readline(4096).decode("utf-8", "replace").rstrip("\r\n")
     columns = header.split(SEPARATORS[path.suffix.lower()])
-    return columns == _columns(name for name in LABELS if name in columns)
+    expected = _columns(name for name in LABELS if name in columns)
+    # Earlier versions wrote no `known_sections`.
+    return columns in (expected, [name for name in expected if name != "known_sections"])
 
 
 # --- Tasks -----------------------------------------------------------------------------------------------------------
@@ -343,8 +345,8 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
-    named = set_by(mpp="pass mpp={0} (--mpp {0}), or add a column `mpp` to the manifest")
-    with _SLIDE_LOCK, own, named, warnings.catch_warnings(record=True) as caught, _settings(session):
+    hint = use_mpp_hint("pass mpp={mpp} (--mpp {mpp}), or add a column `mpp` to the manifest")
+    with _SLIDE_LOCK, own, hint, warnings.catch_warnings(record=True) as caught, _settings(session):
         warnings.simplefilter("default")
         began = time.perf_counter()
         try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .._core.hints import set_to
+from .._core.hints import mpp_hint
 from .._core.keys import ATTRS
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
@@ -120,8 +120,7 @@ def _read_image(job: Job) -> SpatialData:
     sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
     if stored_mpp(sdata, "he") is None:
         raise ValueError(
-            "`mpp` of image 'he' is unknown: the file does not state it; in µm per pixel (0.5 for a 20× scan) "
-            f"{set_to('mpp', 0.5)}"
+            f"`mpp` of image 'he' is unknown: the file does not state it; {mpp_hint('he')}, in µm per pixel (0.5 for a 20× scan)"
         )
     pp.tissue(sdata, method=job.tissue_method)  # type: ignore[arg-type]  # pp.tissue checks the name
     pp.grid(sdata, pitch_um=job.pitch_um)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .._core import validate
-from .._core.hints import set_to
+from .._core.hints import mpp_hint, use_mpp_hint
 from .._core.keys import ATTRS, IMAGE, check_key
 from .._core.logs import logger
 from .._core.mpp import attrs_with_mpp, check_mpp
@@ -80,6 +80,6 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
         sdata.attrs[ATTRS] = attrs_with_mpp(sdata, image_key, found)
         logger.info("image %r: %.4g µm/px (%s)", image_key, found, "argument" if mpp is not None else "file")
     else:
-        hint = set_to("mpp", 0.5, "pass mpp= to hg.io.read_he, hg.pp.grid or hg.tl.predict")
-        logger.warning("image %r has no µm/px: %s", image_key, hint)
+        with use_mpp_hint("pass mpp= to hg.io.read_he, hg.pp.grid or hg.tl.predict"):
+            logger.warning("image %r has no µm/px: %s", image_key, mpp_hint(image_key))
     return sdata

@@ -15,13 +15,13 @@ import pandas as pd
 
 from .._core import validate
 from .._core.elements import check_spatialdata
-from .._core.hints import set_by
+from .._core.hints import STATE_MPP, use_mpp_hint
 from .._core.keys import Keys
 from .._core.mpp import affine, length_scale, transform_points
 from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
-from .._core.slide import STATE_MPP, Slide, resolve
+from .._core.slide import Slide, resolve
 from .._core.spots import SECTION, pitch_of, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 
@@ -266,7 +266,7 @@ def canvases(
         def recorded(name: str) -> Any:
             return record[name].get(region) if isinstance(record[name], Mapping) else record[name]
 
-        with set_by(mpp=STATE_MPP):
+        with use_mpp_hint(STATE_MPP):
             (slide,) = resolve(
                 data,
                 image_key=image_key or recorded("image"),

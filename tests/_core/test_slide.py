@@ -13,7 +13,7 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, Identity, Scale, Translation, set_transformation
 
 import he2gene_sc as hg
-from he2gene_sc._core.hints import set_by, set_to
+from he2gene_sc._core.hints import mpp_hint, use_mpp_hint
 from he2gene_sc._core.mpp import stored_mpp
 from he2gene_sc._core.slide import resolve, slides_of
 from tests.helpers.objects import two_regions
@@ -465,13 +465,13 @@ def test_hints_on_mpp_name_the_argument_of_the_call():
     with pytest.raises(ValueError, match=unknown + r"pass keys=hg\.SectionKeys\(mpp=\.\.\.\) "):
         hg.tl.train([sdata])
     with pytest.raises(
-        ValueError, match=unknown + r"state it: sdata\.attrs\.setdefault\('he2gene', \{\}\).*\[IMAGE\] = \.\.\.$"
+        ValueError, match=unknown + r"state it: sdata\.attrs\.setdefault\('he2gene', \{\}\).*\['he'\] = \.\.\.$"
     ):
         slides_of(sdata, sdata["table"])
     # The outer caller is the one that the user called.
-    with set_by(mpp="give --mpp {0}"), set_by(mpp="pass keys=hg.SectionKeys(mpp={0})"):
-        assert set_to("mpp", 0.5) == "give --mpp 0.5"
-    assert set_to("mpp", 0.5) == "pass mpp=0.5"
+    with use_mpp_hint("give --mpp {mpp}"), use_mpp_hint("pass keys=hg.SectionKeys(mpp={mpp})"):
+        assert mpp_hint("he", 0.5) == "give --mpp 0.5"
+    assert mpp_hint("he", 0.5) == "pass mpp=0.5"
 
 
 def test_mpp_of_few_visium_spots_is_computed_from_their_array_positions():
@@ -525,3 +525,10 @@ def test_stated_mpp_holds_for_the_image_or_a_crop_of_it(toy, pixels, transformat
                 stored_mpp(toy, "he")
             toy.attrs["he2gene"]["mpp"]["he"] = 4.0
             assert stored_mpp(toy, "he") == (4.0, "metadata")
+
+
+def test_a_verb_without_mpp_says_once_how_to_correct_that_of_a_replaced_image(toy):
+    half = {"global": Scale([2, 2], axes=("x", "y"))}
+    toy.images["he"] = Image2DModel.parse(toy["he"].to_numpy()[:, ::2, ::2], dims=("c", "y", "x"), transformations=half)
+    with pytest.raises(ValueError, match=r"tissue, state it: sdata\.attrs\['he2gene'\]\['mpp'\]\['he'\] = 4$"):
+        slides_of(toy, toy["table"])

@@ -458,7 +458,8 @@ def test_predict_on_an_image_does_not_replace_a_store_beside_it(toy, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("slide.png", "give --mpp 0.5"), ("folder", "is not a SpatialData zarr store")]
+    ("name", "problem"),
+    [("slide.png", "give --mpp ..., in µm per pixel"), ("folder", "is not a SpatialData zarr store")],
 )
 def test_invalid_inputs_of_predict_are_refused_before_work(toy, tmp_path, capsys, monkeypatch, name, problem):
     (tmp_path / "folder").mkdir()

@@ -331,6 +331,15 @@ def test_a_summary_does_not_replace_other_files(tmp_path, monkeypatch, name, con
     assert content is None or (tmp_path / name).read_text() == content
 
 
+def test_a_summary_of_an_earlier_version_may_be_replaced(tmp_path):
+    path = tmp_path / "summary.csv"
+    for columns in (COLUMNS, [name for name in COLUMNS if name not in ("patient", "known_sections")]):
+        path.write_text(",".join(columns) + "\n")
+        assert cohort._is_summary(path)
+    path.write_text(",".join(name for name in COLUMNS if name != "verdict") + "\n")
+    assert not cohort._is_summary(path)
+
+
 @pytest.mark.parametrize("patient", [1.0, "1", " 1 ", np.float64(1)])
 def test_patients_of_a_manifest_are_cleaned(tmp_path, patient):
     given = {"output_dir": None, "keep_images": True, "overwrite": False}

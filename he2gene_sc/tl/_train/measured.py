@@ -13,7 +13,7 @@ import pandas as pd
 import scipy.sparse
 
 from ..._core.expression import summarize_values
-from ..._core.hints import set_by
+from ..._core.hints import use_mpp_hint
 from ..._core.logs import logger
 from ..._core.matrix import in_memory, layer_label, layer_names, matrix_of
 from ..._core.names import clean_names, clean_samples, column_of
@@ -102,7 +102,7 @@ def _open(
     sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str]
 ) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
     """Slides, table, gene names and counts of one object."""
-    with set_by(mpp="pass keys=hg.SectionKeys(mpp={0})"):
+    with use_mpp_hint("pass keys=hg.SectionKeys(mpp={mpp})"):
         slides = resolve(sdata, **keys.elements.places)
     if slides[0].table_key is None:
         raise ValueError("`sdatas`: a section has no table; training needs measured counts")
