@@ -100,8 +100,8 @@ def summary_of(record: Mapping[str, Any]) -> str:
         found += (
             f"; compared with the training data: {record['verdict']} ({share:.0%} of the spots out of distribution)"
         )
-    if sections := record.get("known_sections"):
-        found += f"; the model was trained on this image (section {', '.join(map(repr, sections))}), so metrics are optimistic"
+    if sections := ", ".join(repr(str(section)) for section in record.get("known_sections", ())):
+        found += f"; the model was trained on this image (section {sections}), so metrics are optimistic"
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from .contrast import Contrast
 from .sums import DepthCells
@@ -46,13 +47,11 @@ def doubt_over_parts(
         return "", ""
     code = parts[kept] * 2 + ~group[kept]
     x = log_depth[kept] - log_depth[kept].mean()
-    weights = np.zeros((2, 2 * n, len(values)))
-    weights[0, code, np.flatnonzero(kept)] = 1
-    weights[1, code, np.flatnonzero(kept)] = x
-    flat = weights.reshape(-1, len(values))
+    ones_and_x, rows = np.append(np.ones(len(x)), x), np.append(code, code + 2 * n)
+    weights = csr_array((ones_and_x, (rows, np.tile(np.flatnonzero(kept), 2))), (4 * n, len(values)))
     step = max(1, _NUMBERS // len(values))
     blocks = (values[:, i : i + step].astype(np.float64) for i in range(0, values.shape[1], step))
-    both = np.hstack([flat @ block for block in blocks]).reshape(2, n, 2, -1)
+    both = np.hstack([weights @ block for block in blocks]).reshape(2, n, 2, -1)
     sums, products = both[0].transpose(1, 0, 2), both[1]
     spots = np.bincount(code, minlength=2 * n).reshape(n, 2)
     depths, squares = (np.bincount(code, numbers, 2 * n).reshape(n, 2) for numbers in (x, np.square(x)))
