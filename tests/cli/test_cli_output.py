@@ -91,6 +91,14 @@ def test_files_of_others_are_not_replaced(tmp_path, bundled, monkeypatch):
     for command in (("evaluate", tmp_path, "--out", mine), ("demo", "--out", tmp_path)):
         with pytest.raises(FileExistsError, match=r"--out: .*genes\.csv' exists and was not written by this command"):
             run(*command)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "genes.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match=r"genes\.png' exists and was not written by this command"):
+        run("demo", "--out", pictures)
+    # A demo that was interrupted leaves an empty table.
+    (pictures / "genes.csv").touch()
+    check_own_files(pictures / "genes.csv", "gene,", "--out", [pictures / "genes.png"])
     (tmp_path / "new" / "benchmark.md").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"--out: .*benchmark\.md' exists"):
         run("benchmark", "--out", tmp_path / "new")
