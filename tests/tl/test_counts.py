@@ -22,6 +22,8 @@ from he2gene_sc.stats import (
     variance_components,
     weighted_fit,
 )
+from he2gene_sc.tl._biomarkers.compare import _describe_doubts
+from he2gene_sc.tl._biomarkers.methods import Outcome
 from tests.helpers.patients import biomarkers
 
 GENES = 400
@@ -318,6 +320,12 @@ def test_a_warning_if_groups_follow_depth_more_than_the_spots():
     ):
         result = markers([_with_depth(i, 2.0) for i in range(4)], layer="guess", method="means")
     assert (result["pvals"] < 0.05).mean() > 0.3
+
+
+def test_a_warning_about_several_groups_has_the_remedy_of_each():
+    few, more = {"doubt": "only 5%", "remedy": "Compare"}, {"doubt": "200%", "remedy": "Average"}
+    doubtful = {group: Outcome(*[None] * 3, **doubt) for group, doubt in zip("abc", (few, more, few), strict=True)}
+    assert _describe_doubts(doubtful) == "'a': only 5%; similarly in 'c'. Compare. 'b': 200%. Average"
 
 
 @pytest.mark.parametrize(("between", "low", "high"), [(0.0, 0, 15), (1.0, None, None), (2.0, 180, 220)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,11 +99,18 @@ def compare(
     every = pd.concat(tests, ignore_index=True)
     every.attrs["doubts"] = [f"{group!r}: {outcome.doubt}" for group, outcome in doubtful.items()]
     if doubtful:
-        others = [repr(group) for group in list(doubtful)[1:]]
-        like = f"; similarly in {format_list(others)}" if others else ""
-        message = f"{every.attrs['doubts'][0]}{like}. {next(iter(doubtful.values())).remedy}"
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warnings.warn(_describe_doubts(doubtful), UserWarning, stacklevel=3)
     return every, pd.concat(differences)
+
+
+def _describe_doubts(doubtful: Mapping[str, Outcome]) -> str:
+    """Join the doubts by remedy: the first of each in full, then the groups with a similar one."""
+    sentences = []
+    for remedy in dict.fromkeys(outcome.remedy for outcome in doubtful.values()):
+        first, *others = [group for group, outcome in doubtful.items() if outcome.remedy == remedy]
+        like = f"; similarly in {format_list(map(repr, others))}" if others else ""
+        sentences.append(f"{first!r}: {doubtful[first].doubt}{like}. {remedy}")
+    return ". ".join(sentences)
 
 
 def _testable_genes(
