@@ -67,8 +67,16 @@ def run(
     start = time.perf_counter()
     name, sdata = _load(section, echo)
     echo(f"Loaded in {time.perf_counter() - start:.1f} s (decoding the image included).")
-    others = [out / "genes.png", out / "annotation.png", out / f"{name}.zarr"]
-    check_own_files(out / "genes.csv", "gene,mean,pearson,", "--out", others)
+    store = out / f"{name}.zarr"
+    check_own_files(
+        out / "genes.csv", "gene,mean,pearson,", "--out", [out / "genes.png", out / "annotation.png", store]
+    )
+    # A demo of another section may have written the table.
+    if store.exists() and not (store / "tables" / "table" / "uns" / "he2gene").exists():
+        raise FileExistsError(
+            f"--out: {str(store)!r} exists and holds no prediction, so no demo wrote it and it is not replaced; name another place, or "
+            "remove it"
+        )
     start = time.perf_counter()
     # Report reliability for new patients, also for a training section.
     tl.predict(sdata, model=model, known_patient=False)
@@ -95,7 +103,7 @@ def run(
     reference = "annotation" if table.obs["annotation"].notna().any() else None
     pl.annotation(sdata, reference=reference, save=out / "annotation.png")
     plt.close("all")
-    store = io.save(sdata, out / f"{name}.zarr", overwrite=True)
+    io.save(sdata, store, overwrite=True)
     echo("")
     echo(
         f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted and measured; below: metrics for new patients)"

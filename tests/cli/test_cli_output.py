@@ -99,6 +99,10 @@ def test_files_of_others_are_not_replaced(tmp_path, bundled, monkeypatch):
     # A demo that was interrupted leaves an empty table.
     (pictures / "genes.csv").touch()
     check_own_files(pictures / "genes.csv", "gene,", "--out", [pictures / "genes.png"])
+    (pictures / "genes.csv").write_text("gene,mean,pearson,ceiling\n")
+    (pictures / "toy.zarr").mkdir()
+    with pytest.raises(FileExistsError, match=r"toy\.zarr' exists and holds no prediction"):
+        run("demo", "--out", pictures)
     (tmp_path / "new" / "benchmark.md").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"--out: .*benchmark\.md' exists"):
         run("benchmark", "--out", tmp_path / "new")

@@ -150,6 +150,8 @@ def test_the_summary_has_the_verdict_and_training_sections():
     assert summary_of(record | {"known_sections": ["S1"]}).endswith(
         "; the model was trained on this image (section 'S1'), so metrics are optimistic"
     )
+    # As read from a store.
+    assert "(section 'S1', 'S2')" in summary_of(record | {"known_sections": np.array(["S1", "S2"], object)})
 
 
 @pytest.mark.parametrize("known_patient", [None, False])
