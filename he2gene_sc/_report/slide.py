@@ -61,6 +61,11 @@ class Slide:
         options = {key: value for key, value in self.options.items() if key != "shapes_key"}
         return get.genes(self.data, reliable=reliable, **options)
 
+    def genes_call(self, reliable: bool) -> str:
+        """Return the call that lists the genes of :meth:`genes_by_reliability`."""
+        key = self.keys.uns
+        return f"hg.get.genes(sdata, reliable={reliable}{f', prediction_key={key!r}' if key != Keys().uns else ''})"
+
     @property
     def intervals(self) -> Mapping[str, Any] | None:
         """Record of the intervals of the prediction, if computed."""
@@ -234,7 +239,7 @@ def _genes(slide: Slide) -> Section:
         section.add_frame(_gene_table(slide, reliable[:_N_ROWS]))
         section.text.append(
             f"{min(len(reliable), _N_ROWS)} of {len(reliable):,} reliable genes are listed, by held-out correlation. All: "
-            "hg.get.genes(sdata, reliable=True)."
+            f"{slide.genes_call(True)}."
         )
         return section
     section.text.append("None of the predicted genes is reliable here. Do not interpret the map of a single gene.")
@@ -285,7 +290,7 @@ def _unreliable(slide: Slide) -> Section:
         chosen = [gene for gene in slide.genes if gene in set(unreliable)]
         section.text.append(
             f"{len(unreliable):,} predicted genes are not reliable. Do not interpret maps of single ones; "
-            "hg.get.genes(sdata, reliable=False) lists them."
+            f"{slide.genes_call(False)} lists them."
         )
         if chosen:
             section.text.append(f"Chosen genes among them: {', '.join(chosen)}.")

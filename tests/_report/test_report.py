@@ -125,6 +125,9 @@ def test_shortened_lists_and_the_slide_are_named(reported, plain, tmp_path, monk
         "3 of 39 reliable genes are listed, by held-out correlation. All: hg.get.genes(sdata, reliable=True)."
     ]
     assert len(section.tables[0].rows) == 3
+    assert slide.genes_call(True) == "hg.get.genes(sdata, reliable=True)"
+    other = Slide(table, table, Keys("other"), table.uns["he2gene"], None, [], 1, {})
+    assert other.genes_call(False) == "hg.get.genes(sdata, reliable=False, prediction_key='other')"
 
 
 def test_a_slide_without_section_is_named_by_its_store_or_patient(plain, tmp_path):
