@@ -35,7 +35,9 @@ def doubt_over_samples(contrast: Contrast) -> tuple[str, str]:
 def doubt_over_parts(
     values: np.ndarray, group: np.ndarray, log_depth: np.ndarray, parts: np.ndarray, test: SpatialTest
 ) -> tuple[str, str]:
-    """Do the same for one or a few sections: parts of the sections stand for samples, the standard error is that of the test.
+    """State if groups do not differ with depth like the spots within them, for one or a few sections; and what to do.
+
+    Parts of the sections stand for samples. The standard error is that of the test.
 
     ``parts`` ``(n,)`` numbers the parts; -1 for spots outside all of them. Slopes of one part are compared with differences in
     another, so their errors do not count as depth.

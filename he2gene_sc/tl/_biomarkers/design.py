@@ -31,9 +31,9 @@ class Design:
         Adjustment for the log depth of the spots in ``"means"``, ``"mixed"`` and ``"spatial"``; over patients each patient has
         its own slope. ``"auto"``: total counts of the layer or of ``X``, if 95 % of the spots have counts; or a column of total
         counts in ``obs``. Without depth, a difference in depth appears as a difference in genes, and there is a warning. ``None``: no
-        adjustment. A warning says if the groups differ more or less with depth than the spots within them; then pass a column of
-        counts averaged over neighbouring spots, or compare with ``None``. ``"pseudobulk"``: column of ``obs`` with library sizes, instead of total counts and TMM. ``"ppi"``: depth of
-        the measured spots. With ``"deseq2"`` and ``"wilcoxon"`` a column is an error, unless ``cross_fit`` uses it for the labels.
+        adjustment. A warning says if the groups differ more or less with depth than the spots within them. Then pass a column of
+        counts averaged over neighbouring spots, or compare with ``None``. ``"pseudobulk"``: column of ``obs`` with library sizes,
+        instead of total counts and TMM. ``"ppi"``: depth of the measured spots. With ``"deseq2"`` and ``"wilcoxon"`` a column is an error, unless ``cross_fit`` uses it for the labels.
     lfc
         Smallest effect of interest of ``"pseudobulk"``, ``"deseq2"`` and ``"means"``, as log2 of a ratio: effects up to this
         size are part of the null (TREAT).

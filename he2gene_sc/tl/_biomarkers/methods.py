@@ -36,9 +36,7 @@ class Method:
     sample_mask: Callable[[Contrast], np.ndarray]
     caution: str = ""  # warning for the user
     min_detected: int = 0  # expected spots of the smaller group in which a tested gene is detected
-    squares: bool = (
-        False  # uses the variance over spots, for weights and to check the adjustment for depth over samples
-    )
+    squares: bool = False  # uses the variance over spots
     scale: str | None = None
     depth: bool = False  # tests logarithms and adjusts for depth
     moderated: bool = False  # variances moderated over genes; takes a formula
