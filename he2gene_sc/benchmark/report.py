@@ -23,9 +23,10 @@ PUBLISHED = {
     },
 }
 _RELIABLE = "called reliable"
+#: Units that are held out, those of a new patient first.
 _UNITS = {
-    "section": "Sections held out, others of the patient in training (a known patient)",
     "patient": "Patients held out (a new patient)",
+    "section": "Sections held out, others of the patient in training (a known patient)",
 }
 #: Fewest patients for conclusions about patients in general.
 _MIN_PATIENTS = 8
@@ -44,7 +45,8 @@ def write(table: pd.DataFrame, data: str, out: Path, command: str) -> list[Path]
 def markdown(table: pd.DataFrame, data: str, command: str) -> str:
     """Return tables per section, their limits, and published figures with their protocol."""
     lines = [f"# Benchmark: {data}", "", f"Made by `{command}`.", "", *_introduction()]
-    for unit, part in table.groupby("folds", sort=False):
+    for unit in _units(table):
+        part = table[table["folds"] == unit]
         lines += ["", f"## {_UNITS[unit]}"]
         for panel, rows in part.groupby("panel", sort=False):
             lines += [
@@ -53,6 +55,8 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
                 "",
                 *(_reliable(rows) if panel == _RELIABLE else _panel(rows)),
             ]
+        if none := sorted(set(part["section"]) - set(part.loc[part["panel"] == _RELIABLE, "section"])):
+            lines += ["", f"No gene is called reliable in {', '.join(none)}."]
     lines += ["", "## What cannot be concluded", "", *_limits(table)]
     if data in PUBLISHED:
         lines += [
@@ -66,6 +70,10 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
             *(_row(entry) for entry in PUBLISHED[data].items()),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _units(table: pd.DataFrame) -> list[str]:
+    return [unit for unit in _UNITS if unit in set(table["folds"])]
 
 
 def _introduction() -> list[str]:
@@ -120,10 +128,15 @@ def _limits(table: pd.DataFrame) -> list[str]:
             f"- The sections come from {len(patients)} patients ({', '.join(patients)}), so *Patients held out* has {len(patients)} "
             "folds. They are too few for a mean or an interval over patients, and say nothing about patients in general."
         )
-    if set(patients) == {"A", "C"}:
+    n_sections = table.drop_duplicates("section").groupby("patient").size()
+    if alone := n_sections.index[n_sections == 1].tolist():
         lines.append(
-            "- The images of patient A are reduced copies, five times coarser (3.2 against 0.69 µm/px). Between A and C, a new "
-            "patient and a new resolution are confounded."
+            f"- One section only: patient {', '.join(alone)}. Held out as a section, it is a new patient, and both figures agree."
+        )
+    if {"A", "C"} <= set(patients):
+        lines.append(
+            "- The images of patient A are reduced copies, five times coarser (3.2 against 0.69 µm/px). Held out, A is a new patient "
+            "and a new resolution."
         )
     return [
         *lines,
@@ -146,7 +159,7 @@ def figure(table: pd.DataFrame, path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = table[(table["panel"] == table["panel"].iloc[0]) & table["pearson"].notna()]
-    units = list(dict.fromkeys(shown["folds"]))
+    units = _units(shown)
     predictors = list(dict.fromkeys(shown["predictor"]))[::-1]
     fig = Figure(figsize=(4.5 * len(units) + 2.5, 0.45 * len(predictors) + 1.6), layout="constrained")
     FigureCanvasAgg(fig)
