@@ -89,8 +89,9 @@ def sections_trained_on(spots: SpotData) -> dict[str, str]:
     trained: dict[str, str] = {}
     for i, table in enumerate(spots.tables):
         record = table.uns.get(prediction_of(table, spots.layer), {})
-        model = find_model(record, None)
         if is_prediction(record):
-            sections = known_training_sections(record, model, set(spots.sections[spots.objects == i]))
+            sections = known_training_sections(
+                record, find_model(record, None), set(spots.sections[spots.objects == i])
+            )
             trained |= dict.fromkeys(sections, str(record.get("model")))
     return trained
