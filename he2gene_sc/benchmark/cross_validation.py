@@ -313,9 +313,7 @@ def _predict_sections(
         values = dense(layer[rows])
         columns = made.var_names.get_indexer(fold.genes[fold.columns])
         panel = np.where(columns >= 0, values[:, columns], fold.mean)
-        known = section.patient in patients and "reliable_known_patient" in model.genes
-        flag = "reliable_known_patient" if known else "reliable"
-        reliable = np.flatnonzero(model.genes.loc[made.var_names, flag].to_numpy(bool))
+        reliable = np.flatnonzero(model.genes.loc[made.var_names, "reliable"].to_numpy(bool))
         columns_of_section = read[section.name].genes.get_indexer(made.var_names[reliable])
         measured = np.zeros((len(rows), len(reliable)), np.float32)
         measured[:, columns_of_section >= 0] = log_normalise(read[section.name].counts)[

@@ -51,12 +51,12 @@ def markdown(table: pd.DataFrame, data: str, command: str) -> str:
         for panel, rows in part.groupby("panel", sort=False):
             lines += [
                 "",
-                f"### {panel[:1].upper()}{panel[1:]}",
+                f"### {panel[:1].upper()}{panel[1:]}{' (on a new patient)' if panel == _RELIABLE else ''}",
                 "",
                 *(_reliable(rows) if panel == _RELIABLE else _panel(rows)),
             ]
         if none := sorted(set(part["section"]) - set(part.loc[part["panel"] == _RELIABLE, "section"])):
-            lines += ["", f"No gene is called reliable in {', '.join(none)}."]
+            lines += ["", f"No gene is called reliable on a new patient in {', '.join(none)}."]
     lines += ["", "## What cannot be concluded", "", *_limits(table)]
     if data in PUBLISHED:
         lines += [
