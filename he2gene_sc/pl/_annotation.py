@@ -63,9 +63,7 @@ def annotation(
         As given to predict.
     ax
         Axes to draw in: one, or two with ``reference``.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -122,7 +120,6 @@ def annotation(
 
 
 def _has_labels(table: AnnData, column: str) -> bool:
-    """Return whether a column of ``obs`` has labels."""
     if column not in table.obs or table.obs[column].isna().all():
         return False
     values = table.obs[column]

@@ -14,7 +14,7 @@ from .._core.elements import is_object
 from .._core.results import find_result, find_results
 from ..get._biomarkers import biomarkers as get_biomarkers
 from ..get._biomarkers import genes_of_result
-from ._canvas import axes_for, finish
+from ._canvas import axes_for, finish, name_points
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,9 +68,7 @@ def biomarkers(
         Number of volcano plots in a row.
     ax
         Axes to draw in: one per group for volcano plots, one for the dot plot.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -118,7 +116,6 @@ def biomarkers(
 def _volcano(
     ax: Axes, part: pd.DataFrame, group: str, reference: str, named: list[str] | None, n_genes: int, fdr: float
 ) -> None:
-    """Draw effect against p-value of one group, and label genes."""
     part = part.dropna(subset=["pvals"])
     height = -np.log10(part["pvals"].clip(lower=1e-300))
     passed = part["pvals_adj"] < fdr
@@ -140,41 +137,18 @@ def _volcano(
 
 
 def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None:
-    """Write gene names in two columns at the sides, with lines to their points, so that no name covers another."""
+    """Write gene names in two columns at the sides."""
     limit = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
     top = 1.08 * max(float(y.max()), 1e-9) if len(y) else 1.0
     ax.set_xlim(-limit, limit)
     ax.set_ylim(0, top)
-    for side, part in ((1, labelled[labelled["effect_size"] > 0]), (-1, labelled[labelled["effect_size"] <= 0])):
-        order = y[part.index].sort_values(ascending=False, kind="stable")
-        positions = _spread(order.to_numpy() / top, min(0.05, 0.96 / max(len(order), 1)))
-        for gene, position in zip(order.index, positions, strict=True):
-            ax.annotate(
-                part.loc[gene, "names"],
-                (x[gene], y[gene]),
-                xytext=(0.5 + 0.48 * side, position),
-                textcoords="axes fraction",
-                ha="right" if side > 0 else "left",
-                va="center",
-                fontsize=7,
-                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.4, "shrinkA": 1, "shrinkB": 1},
-            )
-
-
-def _spread(positions: np.ndarray, gap: float) -> np.ndarray:
-    """Move decreasing positions between 0 and 1 as little as possible, so that their distance is at least ``gap``."""
-    out = positions.astype(float).copy()
-    for i in range(1, len(out)):
-        out[i] = min(out[i], out[i - 1] - gap)
-    floor = gap / 2
-    for i in reversed(range(len(out))):
-        out[i] = max(out[i], floor)
-        floor = out[i] + gap
-    return out
+    for place, part in ((0.98, labelled[labelled["effect_size"] > 0]), (0.02, labelled[labelled["effect_size"] <= 0])):
+        order = y[part.index].sort_values(ascending=False, kind="stable").index
+        step = top * min(0.05, 0.96 / max(len(order), 1))
+        name_points(ax, part.loc[order, "names"].tolist(), np.column_stack([x[order], y[order]]), place, step)
 
 
 def _extremes(part: pd.DataFrame, n: int) -> list[str]:
-    """Return the genes with the highest and with the lowest scores."""
     part = part.dropna(subset=["scores"])
     return [*part.loc[part["scores"] > 0, "names"].head(n), *part.loc[part["scores"] < 0, "names"].tail(n)]
 
@@ -209,8 +183,8 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
         linewidths=0.3,
     )
     for i, group in enumerate(groups):
-        head = lines[block == i].min() - 1 if (block == i).any() else None
-        if head is not None:
+        if (block == i).any():
+            head = lines[block == i].min() - 1
             ax.text(-0.5, head, group, va="center", ha="left", fontsize=9, fontweight="bold")
     ax.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
     ax.set_yticks(lines, rows["sample"].tolist(), fontsize=8)

@@ -86,9 +86,7 @@ def calibration(
         As given to predict.
     ax
         Axes to draw in: one, or two with ``annotation_key``.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -168,7 +166,6 @@ def calibration(
 
 
 def _check_coverages(coverages: Any) -> np.ndarray:
-    """Return the coverages as an array; raise if they are invalid."""
     try:
         coverages = list(coverages)
     except TypeError:
@@ -191,7 +188,6 @@ def _coverage(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndar
 
 
 def _draw_coverage(ax: Axes, coverages: np.ndarray, covered: np.ndarray) -> None:
-    """Draw the mean and the percentiles over genes of the empirical coverage."""
     order = np.argsort(coverages)
     covered = covered[:, np.isfinite(covered).all(0)]
     low, high = np.quantile(covered, (0.1, 0.9), axis=1)
@@ -203,7 +199,6 @@ def _draw_coverage(ax: Axes, coverages: np.ndarray, covered: np.ndarray) -> None
 
 
 def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
-    """Draw the share of correct classes against the confidence, in bins."""
     usable = (codes >= 0) & np.isfinite(proba).all(1)
     if not usable.any():
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Dots per inch of saved figures, which also sets the resolution of the tissue.
 _DPI = 150
+#: Font size of names of points.
+NAME_SIZE = 7
 #: Corners of a panel as (x, y) of the outer end, in order of preference.
 _CORNERS = {"lower left": (0, 0), "lower right": (1, 0), "upper right": (1, 1), "upper left": (0, 1)}
 
@@ -48,12 +51,6 @@ class Canvas:
     sdata: SpatialData | None = None
     name: str = ""
     _tissue: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of_slide(cls, sdata: SpatialData, slide: Slide, table: AnnData, name: str = "") -> Canvas:
-        """Create a canvas from the rows of a table that annotate the spots of a slide."""
-        region_key = table.uns["spatialdata_attrs"]["region_key"]
-        return cls(table[(table.obs[region_key] == slide.shapes_key).to_numpy()], slide, sdata, name)
 
     @cached_property
     def matrix(self) -> np.ndarray:
@@ -110,24 +107,18 @@ class Canvas:
             diameters = np.full(len(self.xy), size * self.diameter)
             ax.add_collection(_circles(ax, self.xy, diameters, facecolors=colours))
         elif self.slide.shapes_key in self.sdata.labels:
-            self._draw_labels(ax, colours)
+            element = self.sdata.labels[self.slide.shapes_key]
+            nodes = sorted((node.transpose("y", "x") for node in levels(element)), key=lambda node: node.sizes["x"])
+            level = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
+            values = np.asarray(level.data)
+            names, codes = np.unique(values, return_inverse=True)
+            positions = pd.Index(self.slide.spot_ids).get_indexer(pd.Index(names))
+            rgba = np.vstack([colours, np.zeros(4)])[positions][codes.reshape(values.shape)]
+            scale = nodes[-1].sizes["x"] / level.sizes["x"]
+            draw_image(ax, rgba, affine(element, self.slide.coordinate_system) @ np.diag([scale, scale, 1]), "nearest")
         else:
             shapes = self.sdata.shapes[self.slide.shapes_key].loc[self.slide.spot_ids]
             ax.add_collection(outlines(ax, shapes, self.slide.coordinate_system, size, facecolors=colours))
-
-    def _draw_labels(self, ax: Axes, colours: np.ndarray) -> None:
-        """Draw spots that are a labels element."""
-        assert self.slide is not None
-        assert self.sdata is not None
-        element = self.sdata.labels[self.slide.shapes_key]
-        nodes = sorted((node.transpose("y", "x") for node in levels(element)), key=lambda node: node.sizes["x"])
-        level = next((node for node in nodes if node.sizes["x"] >= 2000), nodes[-1])
-        values = np.asarray(level.data)
-        names, codes = np.unique(values, return_inverse=True)
-        positions = pd.Index(self.slide.spot_ids).get_indexer(pd.Index(names))
-        rgba = np.vstack([colours, np.zeros(4)])[positions][codes.reshape(values.shape)]
-        scale = nodes[-1].sizes["x"] / level.sizes["x"]
-        draw_image(ax, rgba, affine(element, self.slide.coordinate_system) @ np.diag([scale, scale, 1]), "nearest")
 
     def frame(self, ax: Axes, box: tuple[float, ...]) -> list[str]:
         """Set the limits of the axes, and draw a scale bar if µm are known; return the free corners, emptiest first."""
@@ -135,11 +126,8 @@ class Canvas:
         ax.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xlabel="", ylabel="", xticks=[], yticks=[])
         relative = (self.xy - [x0, y1]) / [x1 - x0, y0 - y1]
 
-        def spots_in(corner: str) -> int:
-            distance = np.abs(relative - np.array(_CORNERS[corner]))
-            return int(((distance[:, 0] < 0.45) & (distance[:, 1] < 0.15)).sum())
-
-        corners = sorted(_CORNERS, key=spots_in)
+        n_spots = {c: (np.abs(relative - end) < (0.45, 0.15)).all(1).sum() for c, end in _CORNERS.items()}
+        corners = sorted(_CORNERS, key=n_spots.__getitem__)
         if not np.isfinite(self.um_per_unit):
             return corners
         length = max(np.ptp(np.clip(self.xy[:, 0], x0, x1)), self.diameter) / 3
@@ -201,11 +189,32 @@ def outlines(ax: Axes, shapes: GeoDataFrame, system: str, size: float = 1.0, **k
 
 
 def _circles(ax: Axes, xy: np.ndarray, diameters: np.ndarray, **kwargs: Any) -> Collection:
-    """Return a collection of circles."""
     from matplotlib.collections import EllipseCollection
 
     options: dict[str, Any] = {"offsets": xy, "offset_transform": ax.transData, "edgecolors": "none", **kwargs}
     return EllipseCollection(diameters, diameters, np.zeros(len(diameters)), units="xy", **options)
+
+
+def name_points(ax: Axes, names: Sequence[str], xy: np.ndarray, place: float, step: float) -> None:
+    """Write the names of points, highest first, in a column at a fraction of the width, with a line to each point."""
+    from sklearn.isotonic import isotonic_regression
+
+    if not len(names):
+        return
+    # As near as possible to the heights of the points, one step apart and inside the axes.
+    low, high = ax.get_ylim()
+    order = step * np.arange(len(names))
+    heights = isotonic_regression(xy[:, 1] + order, increasing=False)
+    heights = np.clip(heights, low + order[-1] + step / 2, high - step / 2) - order
+    line: dict[str, Any] = {"arrowstyle": "-", "color": "#b8b8b8", "lw": 0.4, "shrinkA": 1, "shrinkB": 3, "zorder": 1.5}
+    style: dict[str, Any] = {
+        "ha": "right" if place > 0.5 else "left",
+        "va": "center",
+        "fontsize": NAME_SIZE,
+        "zorder": 5,
+    }
+    for name, point, height in zip(names, xy, heights, strict=True):
+        ax.annotate(name, point, (place, height), textcoords=("axes fraction", "data"), arrowprops=line, **style)
 
 
 def canvases(
@@ -227,10 +236,9 @@ def canvases(
             for slide in canvases(item, **options):
                 label = " ".join(part for part in (str(name), slide.name) if part)
                 slides.append(replace(slide, name=label or str(sections_of(slide.table)[0])))
-        names = [slide.name for slide in slides]
-        repeated = {name for name in names if names.count(name) > 1}
+        n_named = Counter(slide.name for slide in slides)
         return [
-            replace(slide, name=f"{slide.name} ({i + 1})") if slide.name in repeated else slide
+            replace(slide, name=f"{slide.name} ({i + 1})") if n_named[slide.name] > 1 else slide
             for i, slide in enumerate(slides)
         ]
     if hasattr(data, "obs_names"):
@@ -239,49 +247,46 @@ def canvases(
         xy = spots_of(table)
         sections = sections_of(table)
         names = list(dict.fromkeys(sections))
-        if len(names) < 2:
-            if n := len(xy) - len(np.unique(xy, axis=0)):
-                warnings.warn(
-                    f"`sdata`: {n} of {len(xy)} spots have the position of another spot, as if several slides overlap; write the "
-                    f"name of the slide of each spot to obs[{SECTION!r}]",
-                    stacklevel=3,
-                )
-            return [Canvas(table)]
-        return [Canvas(table[sections == name], name=str(name)) for name in names]
+        if len(names) > 1:
+            return [Canvas(table[sections == name], name=str(name)) for name in names]
+        if n := len(xy) - len(np.unique(xy, axis=0)):
+            warnings.warn(
+                f"`sdata`: {n} of {len(xy)} spots have the position of another spot, as if several slides overlap; write the "
+                f"name of the slide of each spot to obs[{SECTION!r}]",
+                stacklevel=3,
+            )
+        return [Canvas(table)]
     check_spatialdata(data)
     key = predicted_table(data, prediction_key, table_key(data) if callable(table_key) else table_key)
     _check_spots(data[key])
     record = data[key].uns[Keys(prediction_key).uns]
-    regions = [record["shapes"]] if isinstance(record["shapes"], str) else list(record["shapes"])
-    if shapes_key is not None:
-        regions = [shapes_key] if isinstance(shapes_key, str) else validate.names(shapes_key, "shapes_key", least=1)
-    if not data.images and image_key is None:
-        # Saved without its pixels: the spots alone, as of a table.
-        of_spot = data[key].obs[data[key].uns["spatialdata_attrs"]["region_key"]]
-        return [
-            Canvas(data[key][(of_spot == name).to_numpy()], name=name if len(regions) > 1 else "") for name in regions
-        ]
-
-    def canvas_of(region: str) -> Canvas:
-        def recorded(name: str) -> Any:
-            return record[name].get(region) if isinstance(record[name], Mapping) else record[name]
-
+    regions = validate.names(record["shapes"] if shapes_key is None else shapes_key, "shapes_key", least=1, one=True)
+    found = []
+    for region in regions:
+        table = data[key][(data[key].obs[data[key].uns["spatialdata_attrs"]["region_key"]] == region).to_numpy()]
+        name = region if len(regions) > 1 else ""
+        if not data.images and image_key is None:
+            # Saved without its pixels: the spots alone, as of a table.
+            found.append(Canvas(table, name=name))
+            continue
+        image, system, mpp = (
+            value.get(region) if isinstance(value, Mapping) else value
+            for value in (record["image"], record["coordinate_system"], record["mpp"])
+        )
         with use_mpp_hint(STATE_MPP):
             (slide,) = resolve(
                 data,
-                image_key=image_key or recorded("image"),
+                image_key=image_key or image,
                 shapes_key=region,
                 table_key=key,
-                coordinate_system=coordinate_system or recorded("coordinate_system"),
-                mpp=None if recorded("mpp") is None else float(recorded("mpp")),
+                coordinate_system=coordinate_system or system,
+                mpp=None if mpp is None else float(mpp),
             )
-        return Canvas.of_slide(data, slide, data[key], region if len(regions) > 1 else "")
-
-    return [canvas_of(region) for region in regions]
+        found.append(Canvas(table, slide, data, name))
+    return found
 
 
 def _check_spots(table: AnnData) -> None:
-    """Raise if a table has no spots."""
     if not table.n_obs:
         raise ValueError("`sdata`: the table has no spots; at least one is needed")
 
@@ -323,10 +328,9 @@ def axes_for(
             f"`title` holds {len(title)} titles, {n} are needed; pass a text for a title of the whole figure"
         )
 
-    if figsize is not None:
-        sides = list(figsize) if isinstance(figsize, Iterable) else []
-        if len(sides) != 2 or not all(validate.is_number(side) and side > 0 for side in sides):
-            raise ValueError(f"`figsize` is {figsize!r}; (width, height) in inches is needed, such as (8, 6)")
+    sides = list(figsize) if isinstance(figsize, Iterable) else []
+    if figsize is not None and (len(sides) != 2 or not all(validate.is_number(s) and s > 0 for s in sides)):
+        raise ValueError(f"`figsize` is {figsize!r}; (width, height) in inches is needed, such as (8, 6)")
     if ax is not None:
         given = list(np.ravel(np.asarray(ax, dtype=object)))
         if len(given) != n:
@@ -340,9 +344,7 @@ def axes_for(
         width = panel / max(1.0, aspect)
         size = ((width + side_width) * ncols, (width * aspect + 0.6) * nrows)
     layout = "constrained" if aspect is None else "compressed"
-    if figsize is not None:
-        size = (sides[0], sides[1])
-    figure, grid = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout=layout)
+    _, grid = plt.subplots(nrows, ncols, figsize=sides or size, squeeze=False, layout=layout)
     flat = list(grid.ravel())
     for empty in flat[n:]:
         empty.remove()

@@ -53,9 +53,7 @@ def concordance(
         Panels in a row.
     ax
         Axes to draw in, one per group.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -96,7 +94,6 @@ def concordance(
 
 
 def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named: Sequence[str]) -> None:
-    """Draw the effects of one group."""
     reliable = part["reliable"].astype(bool)
     for chosen, colour, label in ((~reliable, "#bdbdbd", "not reliable"), (reliable, "#1b5e9b", "reliable")):
         genes = part[chosen]

@@ -18,7 +18,7 @@ from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
 from ..tl._domains.inputs import MIN_SPOTS
 from ._canvas import Canvas, finish
-from ._panels import Panel, Style, draw_panels
+from ._panels import Panel, Style, draw_panels, stored_colours
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -65,9 +65,7 @@ def domains(
         Table, if an object has several.
     ax
         Axes to draw in, one per panel.
-    save
-        File to write the figure to.
-    alpha, figsize, title, show, return_fig
+    alpha, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -131,13 +129,14 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
     """Return the slide of the section, or ``None`` without an image."""
     if not getattr(data, "images", None):
         return None
-    shapes = table.obs[table.uns["spatialdata_attrs"]["region_key"]].iloc[spots].iloc[0]
+    regions = table.obs[table.uns["spatialdata_attrs"]["region_key"]]
+    shapes = regions.iloc[spots[0]]
     try:
         slides = slides_of(data, table, prediction)
     except ValueError:
         return None
     slide = next((slide for slide in slides if slide.shapes_key == shapes), None)
-    return None if slide is None else Canvas.of_slide(data, slide, table)
+    return None if slide is None else Canvas(table[(regions == shapes).to_numpy()], slide, data)
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
@@ -151,10 +150,7 @@ def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:
     """Return the colour of each label, from ``uns`` if stored; a domain and its clusters have the same colour."""
     colours: dict[str, str] = {}
     for column in reversed(list(labels)):
-        values = table.obs[column]
-        if isinstance(values.dtype, pd.CategoricalDtype) and f"{column}_colors" in table.uns:
-            pairs = zip(values.cat.categories, table.uns[f"{column}_colors"], strict=False)
-            colours |= {str(name): str(colour) for name, colour in pairs}
+        colours |= stored_colours(table, column)
     extra = iter(_EXTRA_COLOURS * 10)
     for label in sorted(next(iter(labels.values())).dropna().unique()):
         if label not in colours:

@@ -11,9 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import count_totals, summarize_values
 from .._core.keys import Keys
-from .._core.matrix import blocks_of, dense
 from ._canvas import Canvas, axes_for, panel_pixels
 
 if TYPE_CHECKING:
@@ -134,7 +132,6 @@ def _draw(
 
 
 def _draw_region(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
-    """Draw the tissue of a region, and the spots."""
     if style.image:
         panel.canvas.draw_tissue(ax, box, panel_pixels(ax))
     if panel.values is not None:
@@ -185,14 +182,12 @@ def _spot_colours(panel: Panel, style: Style, norm: Normalize | None) -> np.ndar
 
 
 def _greys(panel: Panel) -> list[str]:
-    """Return the legend entries of the grey spots of a panel."""
     missing = pd.isna(panel.values)
     glass = missing & (False if panel.glass is None else panel.glass)
     return [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(panel.name_unknown and (missing & ~glass).any())
 
 
 def _add_grey_legend(ax: Axes, panel: Panel, corner: str) -> None:
-    """Explain grey spots in a legend inside the axes."""
     from matplotlib.lines import Line2D
 
     if names := _greys(panel):
@@ -202,7 +197,6 @@ def _add_grey_legend(ax: Axes, panel: Panel, corner: str) -> None:
 
 
 def _add_colorbar(ax: Axes, norm: Normalize, cmap: str | Colormap, label: str) -> None:
-    """Add a colour bar beside the axes, with their height."""
     from matplotlib.cm import ScalarMappable
 
     bar_axes = ax.inset_axes((1.03, 0, 0.04, 1))
@@ -245,27 +239,36 @@ def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None
     return Panel(slide, title, labels, colours={}, glass=glass, item=item, scale=column)
 
 
-def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any = None) -> dict[str, str]:
+def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any) -> dict[str, str]:
     """Return the colour of each class of a column, in the order of the legend.
 
     Colours are from ``palette``, else the model, else ``uns``, else a default list.
     """
     model_colours: dict[str, str] = {}
-    for table in tables:
-        model_colours |= _model_colours(table, keys)
-    labels: dict[str, None] = dict.fromkeys(model_colours) if column == keys.annotation else {}
     stored: dict[str, str] = {}
     for table in tables:
-        values = table.obs[column].astype("category")
-        categories = [str(label) for label in values.cat.categories]
-        colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
-        if isinstance(table.obs[column].dtype, pd.CategoricalDtype) and len(colours) == len(categories):
-            stored |= {label: str(colour) for label, colour in zip(categories, colours, strict=True)}
-        labels |= dict.fromkeys(sorted(categories))
+        model_colours |= _model_colours(table, keys)
+        stored |= stored_colours(table, column)
+    labels: dict[str, None] = dict.fromkeys(model_colours) if column == keys.annotation else {}
+    for table in tables:
+        labels |= dict.fromkeys(sorted(map(str, table.obs[column].astype("category").cat.categories)))
     others = [label for label in labels if label not in model_colours and label not in stored]
     all_colours = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(others)}
     all_colours |= GREYS | stored | model_colours
     return {label: all_colours[label] for label in labels} | _palette_colours(palette, list(labels))
+
+
+def stored_colours(table: AnnData, column: str) -> dict[str, str]:
+    """Return the colour in ``uns`` of each label of a column; empty if the colours do not match its categories."""
+    values = table.obs.get(column)
+    colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
+    if (
+        values is None
+        or not isinstance(values.dtype, pd.CategoricalDtype)
+        or len(colours) != values.cat.categories.size
+    ):
+        return {}
+    return dict(zip(map(str, values.cat.categories), map(str, colours), strict=True))
 
 
 def check_palette(palette: Any, panels: list[Panel]) -> None:
@@ -293,13 +296,12 @@ def _model_colours(table: AnnData, keys: Keys) -> dict[str, str]:
     values = table.obs.get(keys.annotation)
     if values is not None and isinstance(values.dtype, pd.CategoricalDtype):
         classes += [str(label) for label in values.cat.categories if str(label) not in classes]
-        colours |= dict(zip(map(str, values.cat.categories), map(str, table.uns.get(keys.colors, ())), strict=False))
+    colours |= stored_colours(table, keys.annotation)
     extra = iter(_EXTRA_COLOURS * (1 + len(classes)))
     return {label: colours.get(label) or next(extra) for label in classes}
 
 
 def _palette_colours(palette: Any, labels: list[str]) -> dict[str, str]:
-    """Return the colours that the palette gives to labels."""
     from matplotlib import colormaps
     from matplotlib.colors import is_color_like, to_hex
 
@@ -372,20 +374,6 @@ def _end_of_each(value: Any, name: str, panels: list[Panel]) -> list[Any]:
 
 
 def _end(given: Any, values: np.ndarray, default: float) -> float:
-    """Return an end of the colour scale as a number."""
     if isinstance(given, str) and len(values):
         return float(np.percentile(values, float(given[1:])))
     return default if given is None or isinstance(given, str) else float(given)
-
-
-def as_log(values: Any, columns: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Return columns as logarithms if they are raw counts, with the totals over all genes, and whether they are counts."""
-    chosen = np.empty((values.shape[0], len(columns)))
-    for rows, block in blocks_of(values):
-        chosen[rows] = dense(block[:, columns])
-    contents = summarize_values(values)
-    if contents.kind == "counts" and contents.high > 1:
-        # A spot with a NaN count has no total and is not drawn.
-        total = count_totals(values).reshape(-1, 1)
-        return np.log1p(1e4 * chosen / np.where(total == 0, 1, total)), True
-    return chosen, False

@@ -17,7 +17,7 @@ from .._core.keys import Keys
 from .._core.predictions import predicting_model, symbols_of
 from .._core.results import find_result
 from .._core.spots import get_table
-from ._canvas import axes_for, finish
+from ._canvas import NAME_SIZE, axes_for, finish, name_points
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -31,7 +31,6 @@ _COLOURS = {True: "#1f77b4", False: "#b0b0b0"}
 _NEW_PATIENT = "#9467bd"
 #: Maximum number of labels that fit.
 _MAX_LABELS = 40
-_FONT_SIZE = 7
 #: Maximum number of labelled genes with intervals; more would hide the plot.
 _MAX_BARS = 12
 #: With more genes, their points are drawn faint.
@@ -77,9 +76,7 @@ def predictability(
         As given to predict.
     ax
         Axes to draw in.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -166,9 +163,7 @@ def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
 
 
 def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
-    """Circle the chosen genes and write their names in a column on the right, with a line to each point."""
-    from sklearn.isotonic import isotonic_regression
-
+    """Circle the chosen genes and write their names in a column on the right."""
     if not chosen:
         return
     x, y = 1.0 + table.index.get_indexer(chosen), table.loc[list(chosen), "pcc"].to_numpy(float)
@@ -176,26 +171,11 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
     left, right = ax.get_xlim()
     low, high = ax.get_ylim()
     height = ax.get_window_extent().height * 72 / ax.figure.dpi
-    step = min(1.5 * _FONT_SIZE / height, 1 / len(chosen)) * (high - low)
-    # Place names as near as possible to the height of their points, one line apart and inside the axes.
-    order = step * np.arange(len(chosen))
-    heights = isotonic_regression(y + order, increasing=False)
-    heights = np.clip(heights, low + order[-1] + step / 2, high - step / 2) - order
-    for name, point, height_of_name in zip(chosen, zip(x, y, strict=True), heights, strict=True):
-        ax.annotate(
-            name,
-            point,
-            xytext=(0.98, height_of_name),
-            textcoords=("axes fraction", "data"),
-            fontsize=_FONT_SIZE,
-            ha="right",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": "#b8b8b8", "lw": 0.4, "shrinkA": 1, "shrinkB": 3, "zorder": 1.5},
-            zorder=5,
-        )
+    step = min(1.5 * NAME_SIZE / height, 1 / len(chosen)) * (high - low)
+    name_points(ax, chosen, np.column_stack([x, y]), 0.98, step)
     # The share of the axis that the longest name takes.
     width = ax.get_window_extent().width * 72 / ax.figure.dpi
-    share = min(0.7 * _FONT_SIZE * max(map(len, chosen)) / width, 0.5)
+    share = min(0.7 * NAME_SIZE * max(map(len, chosen)) / width, 0.5)
     ax.set_xlim(left, right * (right / left) ** ((0.04 + share) / (1 - share)))
     ax.set_ylim(low, high)
 

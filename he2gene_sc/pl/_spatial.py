@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.expression import as_logs, summarize_values
 from .._core.genes import columns_of
 from .._core.keys import OWN_TABLE, Keys
 from .._core.matrix import dense, layer_label, matrix_of
@@ -19,7 +20,7 @@ from .._core.predictions import predicted_layer, predicted_table, record_of, sym
 from .._core.results import scores_of
 from ..stats import pearson
 from ._canvas import Canvas, canvases, finish, on_glass
-from ._panels import Panel, Style, as_log, check_palette, class_colours, class_panel, draw_panels
+from ._panels import Panel, Style, check_palette, class_colours, class_panel, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -200,8 +201,7 @@ def spatial(
 
 
 def _as_list(names: Any, parameter: str) -> list[str]:
-    """Return the names as a list; raise if they are invalid."""
-    listed = [] if names is None else [names] if isinstance(names, str) else validate.names(names, parameter)
+    listed = [] if names is None else validate.names(names, parameter, one=True)
     if names is not None and not listed:
         raise ValueError(f"`{parameter}` is empty; name at least one gene or column of obs")
     if wrong := [name for name in listed if not isinstance(name, str)]:
@@ -210,7 +210,6 @@ def _as_list(names: Any, parameter: str) -> list[str]:
 
 
 def _classes(table: AnnData, keys: Keys) -> list[str]:
-    """Return the classes of the model."""
     return [str(label) for label in getattr(table.obsm.get(keys.proba), "columns", ())]
 
 
@@ -233,7 +232,6 @@ def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
 
 
 def _is_number(values: pd.Series) -> bool:
-    """Return whether a column has numbers."""
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
@@ -263,8 +261,8 @@ def _panels(
     if not names:
         return [Panel(slide, "tissue")]
     positions = _columns(table, names, keys)
-    genes = [i for i, position in enumerate(positions) if position >= 0]
-    gene_panels = _gene_panels(slide, names, genes, positions, keys, layer, measured, shared_scale) if genes else {}
+    genes = {i: table.var_names[position] for i, position in enumerate(positions) if position >= 0}
+    gene_panels = _gene_panels(slide, names, genes, keys, layer, measured, shared_scale) if genes else {}
     glass = on_glass(table, keys.key_added)
     panels: list[Panel] = []
     for i, name in enumerate(names):
@@ -297,14 +295,7 @@ def _panels(
 
 
 def _gene_panels(
-    slide: Canvas,
-    names: list[str],
-    genes: list[int],
-    positions: np.ndarray,
-    keys: Keys,
-    layer: str | None,
-    measured: bool | str | None,
-    shared_scale: bool,
+    slide: Canvas, names: list[str], genes: dict[int, str], keys: Keys, layer: str | None, measured: Any, shared: bool
 ) -> dict[int, list[Panel]]:
     """Return the predicted and measured panels of each gene, by its position in ``names``."""
     table = slide.table
@@ -314,7 +305,7 @@ def _gene_panels(
         )
     model_layer = predicted_layer(table, keys.key_added)
     drawn_layer = None if layer is None else predicted_layer(table, keys.key_added, layer)
-    var_names = table.var_names[positions[genes]].tolist()
+    var_names = list(genes.values())
     predicted = np.array(dense(matrix_of(table[:, var_names], drawn_layer)), dtype=float)
     glass = on_glass(table, keys.key_added)
     predicted[glass] = np.nan
@@ -338,7 +329,7 @@ def _gene_panels(
                 caption=", ".join(correlations),
                 glass=glass,
                 item=i,
-                scale=i if shared_scale else (i, "predicted"),
+                scale=i if shared else (i, "predicted"),
             )
         ]
         if truth is not None:
@@ -350,7 +341,7 @@ def _gene_panels(
                     truth[:, j],
                     label=_LOG_UNIT if were_counts else "as stored",
                     item=i,
-                    scale=i if shared_scale else (i, "measured"),
+                    scale=i if shared else (i, "measured"),
                 )
             )
     return out
@@ -393,4 +384,8 @@ def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> 
         )
     if measured is False or (layer is None and (OWN_TABLE in table.uns or table.X is None)):
         return None
-    return as_log(matrix_of(table, layer, "measured"), table.var_names.get_indexer(genes))
+    values = matrix_of(table, layer, "measured")
+    contents = summarize_values(values)
+    were_counts = contents.kind == "counts" and contents.high > 1
+    columns = table.var_names.get_indexer(genes)
+    return as_logs(values, "counts" if were_counts else "log", columns).astype(float), were_counts

@@ -55,9 +55,7 @@ def tissue(
         Coordinate system of the plot; default: the only one that all elements share.
     ax
         Axes to draw in.
-    save
-        File to write the figure to.
-    figsize, title, show, return_fig
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -81,13 +79,13 @@ def tissue(
     check_spatialdata(sdata)
     image_key = find_image(sdata, None, image_key)
     tissue_key = tissue_key_of(sdata, image_key, tissue_key)
-    shapes_key = _circles(sdata) if shapes_key is None else find_shapes(sdata, shapes_key, None)[0]
-    if shapes_key is not None and shapes_key not in sdata.shapes:
-        raise ValueError(
-            f"`shapes_key` {shapes_key!r} is a labels element; shapes are needed, valid: {sorted(sdata.shapes)}"
-        )
     elements = {image_key: sdata.images[image_key], tissue_key: sdata.labels[tissue_key]}
-    if shapes_key is not None:
+    if shapes_key is not None or any("radius" in element.columns for element in sdata.shapes.values()):
+        (shapes_key,) = find_shapes(sdata, shapes_key, None)
+        if shapes_key not in sdata.shapes:
+            raise ValueError(
+                f"`shapes_key` {shapes_key!r} is a labels element; shapes are needed, valid: {sorted(sdata.shapes)}"
+            )
         elements[shapes_key] = sdata.shapes[shapes_key]
     system = _shared_system(elements, coordinate_system)
     pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
@@ -126,24 +124,14 @@ def _draw_mask(ax: Axes, labels: Any, system: str) -> float:
     return float(mask.mean())
 
 
-def _circles(sdata: SpatialData) -> str | None:
-    """Return the name of the circles, or ``None`` without circles."""
-    if not any("radius" in element.columns for element in sdata.shapes.values()):
-        return None
-    return find_shapes(sdata, None, None)[0]
-
-
 def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> str:
-    """Return the coordinate system that all elements share."""
     from spatialdata.transformations import get_transformation
 
     shared = set.intersection(*(set(get_transformation(element, get_all=True)) for element in elements.values()))
-    if coordinate_system is None and len(shared) == 1:
-        return shared.pop()
-    if coordinate_system is None and "global" in shared:
-        return "global"
-    if coordinate_system is None or coordinate_system not in shared:
+    default = min(shared) if len(shared) == 1 else "global"
+    system = default if coordinate_system is None else coordinate_system
+    if system not in shared:
         raise ValueError(
             f"`coordinate_system` is {coordinate_system!r}; valid (shared by {sorted(elements)}): {sorted(shared)}"
         )
-    return coordinate_system
+    return system
