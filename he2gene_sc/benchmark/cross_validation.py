@@ -171,12 +171,6 @@ class _Fold:
         self.y = [section.dense(self.columns) for section in train]
         self.mean = np.nanmean(np.concatenate(self.y), axis=0)
 
-    def inner_folds(self) -> np.ndarray:
-        """Return the inner fold of each training spot, to choose a penalty."""
-        from ..training import folds_of
-
-        return np.concatenate(folds_of(self.train, None)[1])
-
 
 def _read(
     source: Source, cache: Path, device: str | None
@@ -244,29 +238,24 @@ def _total_counts(fold: _Fold) -> list[Prediction | None]:
 def _ridge(fold: _Fold, features: slice) -> list[Prediction | None]:
     """Fit a ridge on standardised features, with a penalty chosen by grouped folds of the training sections."""
     from sklearn.linear_model import Ridge
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     from ..stats import pearson
+    from ..training import folds_of
 
-    x = np.concatenate([np.asarray(section.features[:, 0, features]) for section in fold.train])
-    y, inner_folds = np.nan_to_num(np.concatenate(fold.y) - fold.mean), fold.inner_folds()
-    target = slice(0, len(fold.target))
-    scores = np.zeros(len(_PENALTIES))
-    for held in np.unique(inner_folds):
-        scaler = StandardScaler().fit(x[inner_folds != held])
-        for i, penalty in enumerate(_PENALTIES):
-            fitted = Ridge(alpha=penalty * x.shape[1]).fit(
-                scaler.transform(x[inner_folds != held]), y[inner_folds != held, target]
-            )
-            scores[i] += np.nan_to_num(
-                pearson(fitted.predict(scaler.transform(x[inner_folds == held])), y[inner_folds == held, target])
-            ).mean()
-    scaler = StandardScaler().fit(x)
-    fitted = Ridge(alpha=_PENALTIES[scores.argmax()] * x.shape[1]).fit(scaler.transform(x), y)
-    return [
-        Prediction(fitted.predict(scaler.transform(np.asarray(section.features[:, 0, features]))) + fold.mean)
-        for section in fold.test
-    ]
+    train, test = ([np.asarray(part.features[:, 0, features]) for part in parts] for parts in (fold.train, fold.test))
+    x, y = np.concatenate(train), np.nan_to_num(np.concatenate(fold.y) - fold.mean)
+    n = len(fold.target)
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), Ridge()),
+        {"ridge__alpha": np.multiply(_PENALTIES, x.shape[1])},
+        scoring=lambda model, x, y: np.nan_to_num(pearson(model.predict(x)[:, :n], y[:, :n])).mean(),
+        cv=PredefinedSplit(np.concatenate(folds_of(fold.train, None)[1])),
+        error_score="raise",
+    ).fit(x, y)
+    return [Prediction(search.predict(part) + fold.mean) for part in test]
 
 
 def _train(
