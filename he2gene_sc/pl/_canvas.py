@@ -233,13 +233,13 @@ def canvases(
             raise ValueError("`sdata` is empty; at least one object is needed")
         slides = []
         for name, item in data.items() if isinstance(data, Mapping) else [("", item) for item in data]:
-            for slide in canvases(item, **options):
-                label = " ".join(part for part in (str(name), slide.name) if part)
-                slides.append(replace(slide, name=label or str(sections_of(slide.table)[0])))
-        n_named = Counter(slide.name for slide in slides)
+            for canvas in canvases(item, **options):
+                label = " ".join(part for part in (str(name), canvas.name) if part)
+                slides.append(replace(canvas, name=label or str(sections_of(canvas.table)[0])))
+        n_named = Counter(canvas.name for canvas in slides)
         return [
-            replace(slide, name=f"{slide.name} ({i + 1})") if n_named[slide.name] > 1 else slide
-            for i, slide in enumerate(slides)
+            replace(canvas, name=f"{canvas.name} ({i + 1})") if n_named[canvas.name] > 1 else canvas
+            for i, canvas in enumerate(slides)
         ]
     if hasattr(data, "obs_names"):
         table = check_text_names(data)
