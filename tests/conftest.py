@@ -20,10 +20,11 @@ def pytest_configure(config):
             os.environ.setdefault(variable, "1")
 
 
-#: Files that take longest, which run first so that no process waits for them at the end.
+#: Files that take longest, which run first so that no process waits for them at the end. Tutorials encode what `test_real` reads.
 FIRST = (
-    *("test_tutorials", "test_reproduce", "test_real", "test_save", "test_examples", "test_cli", "test_odd_inputs"),
-    *("test_train_input", "test_train", "test_paper", "test_cohort", "test_fit", "test_spatial_test", "test_ownership"),
+    *("test_tutorials", "test_examples", "test_reproduce", "test_real", "test_cohort", "test_cli", "test_save_losses"),
+    *("test_odd_inputs", "test_save", "test_train", "test_fit", "test_paper", "test_spatial_test", "test_predict"),
+    *("test_biomarkers", "test_train_input", "test_adapt", "test_lazy", "test_domains", "test_ownership"),
 )
 
 
@@ -122,6 +123,14 @@ def _patches_are_encoded_once(tmp_path_factory):
     Stages.forward = once
     yield
     Stages.forward = forward
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _files_are_not_forced_to_the_disk():
+    """Skip fsync, which takes milliseconds a file. `saving_faults` tests power cuts, in its own process."""
+    fsync, os.fsync = os.fsync, lambda descriptor: None
+    yield
+    os.fsync = fsync
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,6 +4,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import he2gene_sc as hg
 
 HEAVY = ["torch", "timm", "scanpy", "squidpy", "spatialdata", "anndata", "pandas", "matplotlib"]
@@ -15,6 +17,7 @@ def test_import_loads_nothing_heavy():
     assert found == "[]"
 
 
+@pytest.mark.slow
 def test_squidpy_is_imported_without_its_warnings():
     code = "from he2gene_sc._core.logs import import_squidpy; import_squidpy()"
     command = [sys.executable, "-W", "default::SyntaxWarning", "-c", code]

@@ -181,6 +181,7 @@ def test_a_dense_layer_of_the_other_region_stays_and_a_lazy_one_becomes_dense(ti
 # Stores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [hg.io.save, lambda sdata, path: sdata.write(path)])
 def test_a_saved_lazy_layer_is_still_recognised_as_ours(both, tiny_model, tmp_path, recwarn, save):
     dense, sdata = both
@@ -310,6 +311,7 @@ def read(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_model):
     dense, sdata = both
     table, most = sdata["table"], sdata["table"].n_obs * sdata["table"].n_vars // 3
@@ -339,6 +341,7 @@ def test_verbs_read_a_lazy_layer_by_blocks_and_as_a_dense_one(both, read, tiny_m
         np.testing.assert_allclose(one[columns], other[columns], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypatch, read):
     rng, table = np.random.default_rng(0), slides(9, n_genes=24)
     monkeypatch.setattr(lazy, "_SPOT_BLOCK", 24 * 50)
@@ -374,6 +377,7 @@ def test_verbs_on_many_patients_give_the_same_for_lazy_and_dense_layers(monkeypa
         pd.testing.assert_frame_equal(one, other, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_report_and_other_tools_read_a_lazy_layer_as_a_dense_one(both, tiny_model, tmp_path):
     import scanpy as sc
 
@@ -414,6 +418,7 @@ def test_functions_that_need_the_whole_layer_raise(both):
 # After a save
 
 
+@pytest.mark.slow
 def test_copies_keep_their_values_after_later_saves(both, other_model, tiny_model, tmp_path):
     dense, sdata = both
     hg.io.save(sdata, tmp_path / "a.zarr")

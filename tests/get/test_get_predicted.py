@@ -255,6 +255,7 @@ def test_decoupler_reads_it(predicted):
     assert found.obsm["score_ulm"].notna().all(axis=None)
 
 
+@pytest.mark.slow
 def test_the_table_can_be_added_to_the_object(predicted, tmp_path):
     predicted["reliable"] = _get(predicted, reliable=True)
     assert hg.get.genes(predicted) == hg.get.genes(predicted["table"])

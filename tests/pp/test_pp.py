@@ -377,6 +377,7 @@ def test_the_same_grid_can_be_made_again_after_a_prediction(toy, tiny_model):
     hg.tl.predict(toy, model=tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_a_bare_image_is_predicted_from_file_to_table(tmp_path, tiny_model, suffix):
     pixels, tissue = disc()

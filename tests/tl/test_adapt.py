@@ -187,6 +187,7 @@ def test_a_perfect_prediction_is_not_changed(share):
         assert abs((found - predicted).mean() - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_measured_genes_improve_other_genes_at_the_same_spots():
     rng = np.random.default_rng(0)
     xy = grid(12, 12)
@@ -543,6 +544,7 @@ def test_genes_measured_on_too_many_sets_of_spots_are_refused():
         adapt(predicted, measured, xy)
 
 
+@pytest.mark.slow
 def test_an_adapted_slide_is_saved_and_read(toy, tiny_model, tmp_path):
     import spatialdata as sd
 

@@ -218,6 +218,7 @@ def _two_different_patients():
     return tables
 
 
+@pytest.mark.slow
 def test_patients_in_one_table_are_separate_sections():
     tables = _two_different_patients()
     whole = anndata.concat(tables)

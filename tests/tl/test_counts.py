@@ -452,6 +452,7 @@ def test_depth_is_known_with_few_spots_without_counts():
         markers(tables, layer="log")
 
 
+@pytest.mark.slow
 def test_the_mixed_model_is_adjusted_for_depth():
     tables = [_predicted(i, genes=40) for i in range(5)]
     # One patient has only one group, and few spots.

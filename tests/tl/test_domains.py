@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -103,7 +105,6 @@ def test_moran_and_neighbourhood_enrichment_equal_squidpy(slide):
     assert value(found, "predicted", "nhood_enrichment") == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.slow
 def test_leiden_clusters_more_spots_than_scanpy_searches_exactly():
     from he2gene_sc.tl._domains.clusters import cluster
 
@@ -111,6 +112,33 @@ def test_leiden_clusters_more_spots_than_scanpy_searches_exactly():
     x = np.random.default_rng(0).standard_normal((8200, 10)) + 10 * np.eye(4, 10)[truth]
     (found,) = cluster(x, 4, [0], "leiden")
     assert metrics.adjusted_rand_score(truth, found) == 1
+
+
+def test_leiden_reads_the_neighbours_that_pynndescent_finds(monkeypatch):
+    """The search compiles for a minute. So scikit-learn finds the neighbours, and pynndescent makes its matrix of them."""
+    from pynndescent import PyNNDescentTransformer
+    from sklearn.neighbors import NearestNeighbors
+
+    from he2gene_sc.tl._domains import clusters
+
+    def fit(self, X, compress_index=True):
+        assert (self.metric, self.random_state) == ("euclidean", 0)
+        distances, indices = NearestNeighbors(n_neighbors=self.n_neighbors + 1).fit(X).kneighbors(X)
+        graph = indices.astype(np.int32), distances.astype(np.float32)
+        self.n_samples_fit, self.index_ = len(X), SimpleNamespace(neighbor_graph=graph)
+        fitted.append(len(X))
+        return self
+
+    fitted = []
+    monkeypatch.setattr(PyNNDescentTransformer, "fit", fit)
+    truth = np.arange(200) % 4
+    x = np.random.default_rng(0).standard_normal((200, 10)) + 10 * np.eye(4, 10)[truth]
+    exact = clusters.cluster(x, 4, [0], "leiden")
+    monkeypatch.setattr(clusters, "_EXACT_SPOTS", 200)
+    found = clusters.cluster(x, 4, [0], "leiden")
+    assert fitted == [200]
+    np.testing.assert_array_equal(found, exact)
+    assert metrics.adjusted_rand_score(truth, found[0]) == 1
 
 
 def test_neighbourhood_enrichment_of_many_clusters_counts_those_with_a_domain(monkeypatch):

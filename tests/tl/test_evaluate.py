@@ -590,6 +590,7 @@ def test_mean_colour_is_read_from_the_image_of_each_region(toy, tiny_model):
 # Writing and reading
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_kept_on_disk_and_replaced(table, tmp_path):
     hg.tl.evaluate(table, annotation_key="label", sample_key="patient", genes=["G0", "G2"])
     table.write_zarr(tmp_path / "t.zarr")

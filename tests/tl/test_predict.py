@@ -365,6 +365,7 @@ def test_one_region_of_two_leaves_the_other_empty(toy, tiny_model):
     assert both["table"].obs["he2gene_annotation"].isna().to_numpy().tolist() == (~done).tolist()
 
 
+@pytest.mark.slow
 def test_two_regions_get_a_table_of_all_genes_with_unique_names(toy, tiny_model, tmp_path):
     both, _ = two_regions(toy)
     hg.tl.predict(both, model=tiny_model, genes="all")
@@ -377,6 +378,7 @@ def test_two_regions_get_a_table_of_all_genes_with_unique_names(toy, tiny_model,
 # Order of spots and storage of images
 
 
+@pytest.mark.slow
 @hypothesis_settings(
     max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -416,6 +418,7 @@ def test_a_zarr_backed_image_gives_the_same_numbers(toy, tiny_model, tmp_path):
     same(run(sd.read_zarr(tmp_path / "slide.zarr"), tiny_model), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backed", [False, True])
 def test_a_multiscale_image_gives_the_same_numbers(tiny_model, tmp_path, backed):
     single = hg.datasets.toy((3, 4), mpp=0.5)
@@ -572,6 +575,7 @@ def test_write_and_read_keep_everything_that_was_written(toy, tiny_model, tmp_pa
     assert stored == written.uns["he2gene"]
 
 
+@pytest.mark.slow
 def test_an_object_that_was_read_can_be_predicted_again(toy, tiny_model, tmp_path):
     hg.tl.predict(toy, model=tiny_model, genes="all")
     hg.tl.predict(toy, model=tiny_model)

@@ -146,6 +146,7 @@ def test_a_fold_trained_on_few_labels_is_not_used_for_calibration(sections):
     np.testing.assert_allclose(made.tensors["annotation.weight"], head.basis.mixing / by_section, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
     """Features, targets and results per spot are on disk; only components of labelled spots are in memory."""
     monkeypatch.setattr(_validate, "_VALUES_AT_ONCE", 20_000)

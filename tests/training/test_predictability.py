@@ -119,6 +119,7 @@ def test_the_gene_table_keeps_one_array_of_all_sections_in_memory():
         assert peak < 1.2 * pcc.nbytes
 
 
+@pytest.mark.slow
 def test_a_gene_that_fails_in_one_patient_is_not_reliable():
     """Half of the genes are permuted in the only section of one patient, against eight sections of another patient."""
     made = [
@@ -169,6 +170,7 @@ def test_reliable_genes_are_above_the_limit_on_a_held_out_section(model, section
     assert (r[reliable] > RELIABLE_PCC).mean() >= 0.8
 
 
+@pytest.mark.slow
 def test_with_permuted_spots_hardly_any_gene_is_reliable():
     """Counts that are permuted over the spots of a section do not follow the image."""
     found = [
@@ -178,6 +180,7 @@ def test_with_permuted_spots_hardly_any_gene_is_reliable():
     assert np.mean([genes["skill"].mean() for genes in found]) <= 0
 
 
+@pytest.mark.slow
 def test_with_enough_patients_metrics_are_over_held_out_patients():
     made = planted(6, n_genes=6, patients=MIN_PATIENTS)
     found = build(made, 6)

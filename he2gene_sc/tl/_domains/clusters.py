@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 N_PCS = 20
 N_NEIGHBOURS = 15
 CLUSTERINGS = ("leiden", "kmeans")
-#: Number of spots from which scanpy searches neighbours approximately.
-_EXACT_SPOTS = 8192
+#: Number of spots from which neighbours are searched approximately. scanpy does so from 8,192 spots, but a search that takes
+#: seconds there would wait a minute for its compilation.
+_EXACT_SPOTS = 20_000
 #: Bounds of the search for the Leiden resolution, and its largest number of steps.
 _RESOLUTIONS, _STEPS = (1e-3, 20.0), 25
 
@@ -49,7 +50,7 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         n_neighbors = min(N_NEIGHBOURS, len(features) - 1)
-        search = _approximate_search(n_neighbors) if len(features) >= _EXACT_SPOTS else None
+        search = _approximate_search(n_neighbors) if len(features) >= _EXACT_SPOTS else "sklearn"
         sc.pp.neighbors(table, n_neighbors=n_neighbors, use_rep="X", random_state=0, transformer=search)
         return [_leiden(table, n_clusters, seed) for seed in seeds]
 
@@ -57,13 +58,15 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
 def _approximate_search(n_neighbors: int) -> Any:
     """Return scanpy's search of neighbours for many spots, with a matrix that scanpy can read.
 
-    pynndescent 0.7 returns a sparse array, on which scanpy 1.11 and 1.12 fail.
+    pynndescent 0.7 returns a sparse array, on which scanpy 1.11 and 1.12 fail. Its own ``fit_transform`` also prepares the
+    index for queries, which compiles for half a minute and is not needed here.
     """
     from pynndescent import PyNNDescentTransformer
 
     class Search(PyNNDescentTransformer):
         def fit_transform(self, X: np.ndarray, y: None = None) -> scipy.sparse.csr_matrix:
-            return scipy.sparse.csr_matrix(super().fit_transform(X))
+            self.fit(X, compress_index=False)
+            return scipy.sparse.csr_matrix(self.transform(None))
 
     return Search(n_neighbors=n_neighbors, metric="euclidean", random_state=0)
 
