@@ -102,8 +102,8 @@ def her2st(section: str) -> SpatialData:
             warnings.warn(warning.message, warning.category, stacklevel=2)
     obs = sdata["table"].obs
     empty = pd.Series(np.nan, index=obs.index, dtype=object)
-    pathologist = _find(f"ST-pat/lbl/{section}_labeled_coordinates.tsv", download=True)
-    transferred = _find(f"ST-pat/lbl_transferred/{section}_transferred.tsv", download=False)
+    pathologist = _find(f"ST-pat/lbl/{section}_labeled_coordinates.tsv")
+    transferred = _local(f"ST-pat/lbl_transferred/{section}_transferred.tsv")
     own = empty if pathologist is None else read_labels(pathologist).reindex(obs.index)
     consensus = empty if transferred is None else read_labels(transferred).reindex(obs.index)
     warped = empty if transferred is None else read_labels(transferred, "label_warp").reindex(obs.index)
@@ -159,10 +159,8 @@ def _reduced_image(section: str) -> str:
 
 
 def _image(section: str) -> Path | None:
-    if (found := local_image(section)) is not None:
-        return found
-    known = [n for n in _registry() if n.startswith(f"{_folder(section)}/") or n == _reduced_image(section)]
-    return _fetch(known[:1])[0] if known else None
+    known = (n for n in _registry() if n.startswith(f"{_folder(section)}/") or n == _reduced_image(section))
+    return local_image(section) or _find(next(known, ""))
 
 
 def _registry() -> dict[str, str]:
@@ -187,39 +185,33 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _find(name: str, *, download: bool) -> Path | None:
+def _find(name: str) -> Path | None:
     """Find a file locally, else in the cache or online if it is registered; ``None`` if there is none."""
-    found = _local(name)
-    if found is not None or not download or name not in _registry():
-        return found
-    return _fetch([name])[0]
+    return _fetch([name])[0] if name in _registry() else _local(name)
 
 
 def _fetch(names: list[str]) -> list[Path]:
     """Find files locally, in the cache or online; raise an error with all missing files and searched places."""
-    paths = {name: path for name in names if (path := _local(name)) is not None}
-    missing = [name for name in names if name not in paths]
-    if missing:
-        registry = _registry()
-        cache = _cache()
-        problems = []
-        for name in missing:
-            if name not in registry:
-                problems.append(f"{name}: not registered for download")
-                continue
+    paths, problems = [], []
+    for name in names:
+        if (path := _local(name)) is not None:
+            paths.append(path)
+        elif name not in _registry():
+            problems.append(f"{name}: not registered for download")
+        else:
             try:
-                paths[name] = Path(cache.fetch(name))
+                paths.append(Path(_cache().fetch(name)))
             except (OSError, ValueError) as error:
-                problems.append(f"{name}: {cache.get_url(name)}: {error}")
-        if problems:
-            places = [str(root) for root in _local_roots()] or ["no local folder (HE2GENE_DATA_DIR is not set)"]
-            raise FileNotFoundError(
-                "her2st files not found:\n  "
-                + "\n  ".join(problems)
-                + f"\nLooked in: {', '.join(places)}; cache {cache.path}.\n"
-                "Set HE2GENE_DATA_DIR (or hg.settings.data_dir) to the folder above a clone of almaan/her2st."
-            )
-    return [paths[name] for name in names]
+                problems.append(f"{name}: {_url(name)}: {error}")
+    if problems:
+        places = [str(root) for root in _local_roots()] or ["no local folder (HE2GENE_DATA_DIR is not set)"]
+        raise FileNotFoundError(
+            "her2st files not found:\n  "
+            + "\n  ".join(problems)
+            + f"\nLooked in: {', '.join(places)}; cache {_cache().path}.\n"
+            "Set HE2GENE_DATA_DIR (or hg.settings.data_dir) to the folder above a clone of almaan/her2st."
+        )
+    return paths
 
 
 def _cache() -> Any:

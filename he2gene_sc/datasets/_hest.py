@@ -1,4 +1,7 @@
-"""``hg.datasets.hest``: read samples from a folder of HEST-1k (Jaume et al., NeurIPS 2024)."""
+"""``hg.datasets.hest``: read samples from a folder of HEST-1k (Jaume et al., NeurIPS 2024).
+
+The file formats were taken from HEST's own code (github.com/mahmoodlab/HEST, ``src/hest/readers.py``) and table.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,21 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
+from .._core.expression import summarize_values
+from .._core.keys import IMAGE
+from .._core.logs import logger
+from .._core.matrix import matrix_of
+from .._core.spots import pitch_of
 from ..io._text import check_once, read_table
-from ._sections import LazySections, select_mask
+from ._sections import LazySections, add_symbols, check_inside, select_mask
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
     from spatialdata import SpatialData
 
-_NEEDED = (
-    "id",
-    "dataset_title",
-    "patient",
-    "organ",
-    "species",
-    "st_technology",
-    "pixel_size_um_estimated",
-    "spot_diameter",
-)
+_TEXTS = ("id", "dataset_title", "patient", "organ", "species", "st_technology")
+_NUMBERS = ("pixel_size_um_estimated", "spot_diameter")
 _HUB = "https://huggingface.co/datasets/MahmoodLab/hest"
 #: Other names of species and technologies, in lower case.
 _ALIASES = {"human": "homo sapiens", "mouse": "mus musculus", "st": "spatial transcriptomics"}
@@ -45,6 +47,14 @@ _SAME_PATIENT = {
     "TENX97": "TENX95",
     "NCBI776": "NCBI785",
 }
+#: Side of the squares in which HEST sums transcripts and bins, µm.
+_SQUARES_UM = {"Xenium": 100.0, "Visium HD": 128.0}
+#: Cells and small bins are closer than this fraction of the side of a square; squares are not.
+_MAX_CELL_PITCH = 0.5
+#: Prefixes of the names of Xenium's controls, in lower case.
+_CONTROLS = ("negcontrol", "blank_", "unassignedcodeword", "deprecatedcodeword", "antisense_", "intergenic_region")
+#: Largest fraction of spots outside the image, which may show only a part of a Xenium sample.
+_MAX_OUTSIDE = 0.5
 
 
 def hest(
@@ -176,9 +186,29 @@ class HESTSections(LazySections):
         return files, [str(path.relative_to(self.root)) for path in files.values() if not path.is_file()]
 
     def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
-        from ._hest_files import read_sample
+        from ..io._st import section_of, upright_image
 
-        return read_sample(files["st"], files["wsi"], section=name, row=row)
+        mpp = _positive_um(row, "pixel_size_um_estimated", name)
+        technology = str(row["st_technology"])
+        side_um = _SQUARES_UM.get(technology)
+        diameter_um = side_um or _positive_um(row, "spot_diameter", name)
+        table = _on_tissue(_open(files["st"]), name)
+        centres = _centres(table, files["st"])
+        values, genes = _genes(table, files["st"], technology)
+        obs = table.obs.filter(["array_row", "array_col"])
+        if side_um is not None and len(centres) > 1 and pitch_of(centres) < _MAX_CELL_PITCH * side_um / mpp:
+            logger.info("sample %s: %d cells or bins are summed into squares of %g µm", name, len(centres), side_um)
+            values, centres, obs = _sum_squares(values, centres, side_um / mpp)
+        obs = obs.assign(
+            patient=pd.Categorical([row["patient"]] * len(obs)),
+            section=pd.Categorical([name] * len(obs)),
+            dataset=pd.Categorical([row["dataset_title"]] * len(obs)),
+            technology=pd.Categorical([technology] * len(obs)),
+        )
+        sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, {IMAGE: upright_image(files["wsi"])})
+        check_inside(sdata, name, files["wsi"], files["st"], _MAX_OUTSIDE)
+        add_symbols(sdata["table"])
+        return sdata
 
 
 def _files(root: Path, name: str) -> dict[str, Path]:
@@ -245,10 +275,9 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
             f"them from {_HUB}"
         )
     table = tables[-1].name if tables else "metadata"
-    text = dict.fromkeys(_NEEDED[:6], str)
+    text = dict.fromkeys(_TEXTS, str)
     frame = read_table(tables[-1], sep=",", encoding="utf-8-sig", dtype=text) if tables else _from_json(rows)
-    missing = [column for column in _NEEDED if column not in frame.columns]
-    if missing:
+    if missing := [column for column in (*_TEXTS, *_NUMBERS) if column not in frame.columns]:
         raise ValueError(f"{table} in {str(root)!r} lacks the columns {missing}; it has {list(frame.columns)}")
     for column in text:
         frame[column] = frame[column].where(frame[column].isna(), frame[column].astype(str).str.strip())
@@ -282,5 +311,90 @@ def _patients(frame: pd.DataFrame) -> pd.Series:
     # Within a data set, names that differ only in case are one patient.
     found = found.groupby(found.where(name == "", title + ": " + name.str.casefold())).transform("first")
     first = pd.Series(_SAME_PATIENT).reindex(frame.index)
-    known = first.isin(frame.index)
-    return found.where(~known, first.where(known).map(found))
+    return first.where(first.isin(frame.index)).map(found).fillna(found)
+
+
+def _positive_um(row: pd.Series, column: str, section: str) -> float:
+    found = float(pd.to_numeric(row[column], errors="coerce"))
+    if not np.isfinite(found) or found <= 0:
+        raise ValueError(f"sample {section!r}: `{column}` is {row[column]}; a number of µm above 0 is needed")
+    return found
+
+
+def _open(path: Path) -> AnnData:
+    import anndata
+
+    try:
+        table = anndata.read_h5ad(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # HDF5 raises various errors for damaged bytes
+        raise OSError(
+            f"{path} is damaged or not an h5ad file ({type(error).__name__}: {error}); download it again"
+        ) from error
+    if not table.n_obs or not table.n_vars:
+        raise ValueError(
+            f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; at least one of each is needed"
+        )
+    check_once(table.obs_names, f"{path.name} names spots")
+    return table
+
+
+def _on_tissue(table: AnnData, section: str) -> AnnData:
+    if "in_tissue" not in table.obs:
+        return table
+    there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
+    if there.all() or not there.any():
+        return table
+    logger.info("sample %s: %d spots off the tissue are left out", section, (~there).sum())
+    return table[there]
+
+
+def _centres(table: AnnData, path: Path) -> np.ndarray:
+    if "spatial" not in table.obsm:
+        raise ValueError(f"{path.name} lacks obsm['spatial'] with the pixels of the spots; it has {list(table.obsm)}")
+    found = np.asarray(table.obsm["spatial"], dtype=float)
+    if found.ndim != 2 or found.shape[1] < 2:
+        raise ValueError(f"{path.name}: obsm['spatial'] has shape {found.shape}; x and y of each spot are needed")
+    if not np.isfinite(found[:, :2]).all():
+        wrong = list(table.obs_names[~np.isfinite(found[:, :2]).all(axis=1)][:5])
+        raise ValueError(f"{path.name}: spots {wrong} have no pixels")
+    return found[:, :2]
+
+
+def _genes(table: AnnData, path: Path, technology: str) -> tuple[csr_matrix, pd.Index]:
+    """Return raw counts and genes, without controls and ambiguous reads; columns of the same gene are summed."""
+    from scipy.sparse import csr_matrix
+
+    if table.X is None:
+        raise ValueError(f"{path.name} has no X; move the raw counts there, from a layer of {list(table.layers)}")
+    matrix = matrix_of(table, None)
+    if problem := summarize_values(matrix).problem:
+        raise ValueError(f"{path.name}: X does not hold raw counts (whole numbers from 0) but {problem}")
+    names = table.var_names.astype(str)
+    gene = ~names.str.startswith("__")
+    if technology == "Xenium":
+        gene &= ~names.str.lower().str.startswith(_CONTROLS)
+    if not gene.any():
+        raise ValueError(f"{path.name} has no genes: its columns are {list(names[:5])}")
+    values, names = csr_matrix(matrix, dtype=np.float32)[:, np.flatnonzero(gene)], names[gene]
+    if names.has_duplicates:
+        codes, unique = pd.factorize(names)
+        logger.info("%s: %d duplicated columns of genes are summed", path.name, len(names) - len(unique))
+        ones = np.ones(len(codes), np.float32)
+        values, names = values @ csr_matrix((ones, (np.arange(len(codes)), codes))), pd.Index(unique)
+    return values, names
+
+
+def _sum_squares(values: csr_matrix, centres: np.ndarray, side: float) -> tuple[csr_matrix, np.ndarray, pd.DataFrame]:
+    """Sum rows into squares of a grid that begins at the first row and column."""
+    from scipy.sparse import csr_matrix
+
+    origin = centres.min(axis=0)
+    places = np.floor((centres - origin) / side).astype(int)[:, ::-1]
+    squares, codes = np.unique(places, axis=0, return_inverse=True)
+    codes = codes.ravel()
+    sums = csr_matrix((np.ones(len(codes), np.float32), (codes, np.arange(len(codes))))) @ values
+    names = [f"{row:04d}x{column:04d}" for row, column in squares]
+    obs = pd.DataFrame({"array_row": squares[:, 0], "array_col": squares[:, 1]}, index=names)
+    return csr_matrix(sums), origin + (squares[:, ::-1] + 0.5) * side, obs

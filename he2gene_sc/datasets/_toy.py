@@ -74,7 +74,9 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     rng = np.random.default_rng(seed)
     pitch = _PITCH_UM / mpp
     size = (round((rows + 1) * pitch), round((columns + 1) * pitch))
-    regions, density = _fields(rng, size, mpp)
+    # Smooth over about 400 and 250 µm.
+    regions = np.argmax([_smooth(rng, size, 400 / mpp) for _ in CLASSES], axis=0)
+    density = 1 / (1 + np.exp(-1.5 * _smooth(rng, size, 250 / mpp)))
     image = _paint(rng, regions, density, mpp)
     y, x = (grid.ravel() for grid in np.mgrid[1 : rows + 1, 1 : columns + 1])
     centres = np.column_stack([x, y]) * pitch
@@ -100,13 +102,6 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     sdata = section_of(csr_matrix(counts), obs, genes, centres, _DIAMETER_UM / mpp, mpp, images)
     sdata["table"].var["planted"] = planted
     return sdata
-
-
-def _fields(rng: np.random.Generator, size: tuple[int, int], mpp: float) -> tuple[np.ndarray, np.ndarray]:
-    """Make the class code and the density of nuclei (0..1) of every pixel, smooth over about 400 and 250 µm."""
-    regions = np.argmax([_smooth(rng, size, 400 / mpp) for _ in CLASSES], axis=0)
-    density = _smooth(rng, size, 250 / mpp)
-    return regions, 1 / (1 + np.exp(-1.5 * density))
 
 
 def _smooth(rng: np.random.Generator, size: tuple[int, int], length: float) -> np.ndarray:

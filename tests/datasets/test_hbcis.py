@@ -103,13 +103,13 @@ def test_genes_are_the_ensembl_ids_of_the_file_without_ambiguous_reads(hbcis_roo
 
 
 def test_gene_symbols_are_added_if_their_table_is_installed(section, hbcis_root, monkeypatch):
-    from he2gene_sc.datasets import _hbcis_files
+    from he2gene_sc.datasets import _sections
 
-    monkeypatch.setattr(_hbcis_files, "_symbols", lambda: {v: k for k, v in GENES.items() if k != "MUC1"})
+    monkeypatch.setattr(_sections, "_symbols", lambda: {v: k for k, v in GENES.items() if k != "MUC1"})
     var = hg.datasets.hbcis(hbcis_root)["BC23901_C2"]["table"].var
     assert var.loc[GENES["ERBB2"], "gene_symbols"] == "ERBB2"
     assert var.loc[GENES["MUC1"], "gene_symbols"] == GENES["MUC1"]
-    monkeypatch.setattr(_hbcis_files, "_symbols", dict)
+    monkeypatch.setattr(_sections, "_symbols", dict)
     assert "gene_symbols" not in hg.datasets.hbcis(hbcis_root)["BC23901_C2"]["table"].var
 
 

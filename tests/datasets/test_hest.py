@@ -14,7 +14,7 @@ import pytest
 
 import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.datasets import _hest_files
+from he2gene_sc.datasets import _hest
 from he2gene_sc.io._tiled import TiledImage
 from he2gene_sc.tl._train.arguments import read_all
 from he2gene_sc.tl._train.options import TrainingKeys
@@ -139,7 +139,7 @@ def test_a_patient_of_her2st_that_is_one_of_hbcis_has_one_name(data, hest_root):
 
 def test_samples_come_in_the_order_of_the_table_and_are_read_on_access(hest_root, monkeypatch):
     read = []
-    monkeypatch.setattr(_hest_files, "_open", lambda path, f=_hest_files._open: read.append(path.stem) or f(path))
+    monkeypatch.setattr(_hest, "_open", lambda path, f=_hest._open: read.append(path.stem) or f(path))
     data = hg.datasets.hest(hest_root, organ="Breast")
     assert (data.names, len(data), read) == (NAMES, 8, [])
     assert data[1:3].names == NAMES[1:3]
@@ -355,12 +355,12 @@ def test_training_holds_one_image_at_a_time(hest_root, monkeypatch):
         images.add(self)
         begin(self, path, *args)
 
-    def read(path, f=_hest_files._open):
+    def read(path, f=_hest._open):
         held.append(len({image.path for image in images}))
         return f(path)
 
     monkeypatch.setattr(TiledImage, "__init__", init)
-    monkeypatch.setattr(_hest_files, "_open", read)
+    monkeypatch.setattr(_hest, "_open", read)
     data = hg.datasets.hest(hest_root, organ="Breast", technology="ST")
     gc.collect()
     genes = hg.GeneSelection(n_target_genes=20, ensembl_ids=GENES)
