@@ -414,7 +414,7 @@ def test_of_two_processes_the_first_writes_the_model(tmp_path):
     (tmp_path / "config.toml").write_text(
         '[data]\nstores = ["S0.zarr", "S1.zarr"]\n[train]\nencoder = "efficientnet-lite0"\ndevice = "cpu"\n'
         'show_progress_bar = false\n[train.preset]\nname = "he2gene-base"\ndevices = 2\nstrategy = "ddp"\nmax_epochs = 1\n'
-        "batch_size = 8\n"
+        "batch_size = 8\nwindows_um = [100.0]\n"
     )
     command = "import sys; from he2gene_sc.cli.app import main; main()"
     (tmp_path / "he2gene.py").write_text(command)
