@@ -1,13 +1,6 @@
-from ._biomarkers import biomarkers
-from ._concordance import concordance
 from ._coverage import coverage
-from ._domains import domains
-from ._enrichment import enrichment
-from ._evaluation import evaluation
-from ._expression import expression
-from ._genes import genes
-from ._predicted import predicted
-from ._programmes import programmes
+from ._prediction import expression, genes, predicted
+from ._results import biomarkers, concordance, domains, enrichment, evaluation, programmes
 
 __all__ = [
     "biomarkers",

@@ -12,8 +12,8 @@ import pandas as pd
 from .._core import validate
 from .._core.elements import is_object
 from .._core.results import find_result, find_results
-from ..get._biomarkers import biomarkers as get_biomarkers
-from ..get._biomarkers import genes_of_result
+from ..get._results import biomarkers as get_biomarkers
+from ..get._results import genes_of_result
 from ._canvas import axes_for, finish, name_points
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import pandas as pd
 from .._core import validate
 from .._core.elements import is_object
 from .._core.results import find_results
-from ..get._biomarkers import genes_of_result
-from ..get._concordance import concordance as get_concordance
+from ..get._results import concordance as get_concordance
+from ..get._results import genes_of_result
 from ._canvas import axes_for, finish
 
 if TYPE_CHECKING:

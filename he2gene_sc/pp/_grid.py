@@ -9,14 +9,13 @@ import pandas as pd
 
 from .._core import validate
 from .._core.element_results import check_element_free, write_element
+from .._core.elements import regions_of
 from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import SPOTS
 from .._core.logs import logger
 from .._core.mpp import attrs_with_mpp, known_mpp
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 
@@ -78,11 +77,9 @@ def grid(
 
     image_key = find_image(sdata, None, image_key)
     check_element_free(sdata, "hg.pp.grid", "shapes", key_added)
-    for name, value in (("diameter_um", diameter_um), ("pitch_um", pitch_um)):
-        if not (np.isfinite(value) and value > 0):
-            raise ValueError(f"`{name}` is {value!r}; a positive number is needed")
-    if not 0 < min_tissue <= 1:
-        raise ValueError(f"`min_tissue` is {min_tissue!r}; a share above 0, at most 1, is needed")
+    validate.in_range(diameter_um, "diameter_um", above=0)
+    validate.in_range(pitch_um, "pitch_um", above=0)
+    validate.in_range(min_tissue, "min_tissue", above=0, most=1, what="a share")
     mpp = known_mpp(sdata, image_key, mpp)
     pyramid = pyramid_of(sdata, image_key)
     diameter, pitch = diameter_um / mpp, pitch_um / mpp
@@ -112,23 +109,12 @@ def grid(
         index=pd.Index([f"{b}x{a}" for a, b in zip(i, j, strict=True)]),
         transformations=get_transformation(sdata.images[image_key], get_all=True),
     )
-    if key_added in sdata.shapes:
-        annotated = any(key_added in _regions(table) for table in sdata.tables.values())
-        if annotated and not _same_spots(sdata.shapes[key_added], shapes):
+    if key_added in sdata.shapes and any(key_added in regions_of(table, sdata) for table in sdata.tables.values()):
+        before = sdata.shapes[key_added]
+        if not (before.index.equals(shapes.index) and before.geom_equals(shapes, align=False).all()):
             raise ValueError(
                 f"`key_added` {key_added!r} is a shapes element with other spots, which a table annotates; delete that table or "
                 "choose another key"
             )
     write_element(sdata, "shapes", key_added, shapes, attrs_with_mpp(sdata, image_key, mpp))
     logger.info("grid: %d spots of %g µm, %g µm apart", len(shapes), diameter_um, pitch_um)
-
-
-def _same_spots(a: GeoDataFrame, b: GeoDataFrame) -> bool:
-    """Return whether both have the same names and centres of spots."""
-    return a.index.equals(b.index) and bool(a.geometry.geom_equals(b.geometry, align=False).all())
-
-
-def _regions(table: AnnData) -> list[str]:
-    """Return the elements that a table annotates."""
-    region = table.uns.get("spatialdata_attrs", {}).get("region", [])
-    return [region] if isinstance(region, str) else list(region)

@@ -14,7 +14,7 @@ from ..._core import validate
 from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_to_all
-from ...get._biomarkers import biomarkers as get_biomarkers
+from ...get._results import biomarkers as get_biomarkers
 from .._gene_sets import import_decoupler, membership, name_genes, read_net, rename_targets, weights_by_set
 
 if TYPE_CHECKING:
