@@ -16,7 +16,7 @@ from .._core.predictions import prediction_of, source_layer
 from .._core.spots import SpotData, read_spots
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.provenance import measured_part
-from ._evaluate.genes import find_model
+from ._evaluate.layer import find_model
 from ._known import known_training_sections
 
 if TYPE_CHECKING:

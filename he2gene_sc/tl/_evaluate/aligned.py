@@ -5,22 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from ..._core import validate
 from ..._core.elements import find_table
 from ..._core.expression import Scale, as_logs, log_expression
 from ..._core.keys import OWN_TABLE, PATIENT, SECTION, Keys
-from ..._core.matrix import matrix_of, take, values_of
+from ..._core.matrix import take, values_of
 from ..._core.names import annotation_target, column_of, names_of
-from ..._core.predictions import source_layer, symbols_of
+from ..._core.predictions import symbols_of
 from ..._core.spots import has_samples, pitch_of, sections_of, spots_of, unique_section_names
+from ...stats import neighbour_weights
 from .._known import known_training_sections
-from .genes import find_model, genes_in_common, training_facts
-from .layer import EvaluatedLayer, adaptation_spots, find_layer
+from .layer import EvaluatedLayer, find_layer, genes_in_common, other_layer, training_facts
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,10 +63,15 @@ class AlignedExpression:
     predictor: str  # name of the evaluated layer in the tables
     n_fitted: int | None  # spots that the layer was adapted to, all left out; None if unknown
 
-    @property
+    @cached_property
     def depth(self) -> np.ndarray | None:
         """Natural log of the total counts of each spot, or ``None`` without counts."""
         return None if self.counts is None else np.log(np.asarray(self.counts.sum(axis=1), np.float64).ravel())
+
+    @cached_property
+    def weights(self) -> dict[str, scipy.sparse.csr_array]:
+        """Neighbour weights of the spots of each section."""
+        return {name: neighbour_weights(self.xy[spots], self.pitches[name]) for name, spots in self.sections.items()}
 
     def labels(self, key: str, parameter: str) -> pd.Series:
         """Return the cleaned names in a column of ``obs``, ``(n,)``; ``None`` for spots without a name."""
@@ -92,68 +99,60 @@ class AlignOptions:
     layer_scale: Scale = "auto"
 
 
-@dataclass(frozen=True, eq=False)
-class _Matrices:
-    """Both matrices of the same genes, and the pairs of their rows that are the same spots."""
-
-    layer: EvaluatedLayer
-    record: Mapping[str, Any]  # of the prediction; empty for another model
-    model: HE2Gene | None
-    gene_symbols: str | None
-    source: AnnData  # the measured table
-    rows: np.ndarray  # of the predicted table, (m,)
-    source_rows: np.ndarray  # of the measured table, (m,)
-    columns: np.ndarray  # of the predicted table, (g,)
-    source_columns: np.ndarray  # of the measured table, (g,)
-    predicted: np.ndarray  # (n_obs, g)
-    measured: np.ndarray  # (n_obs of the measured table, g)
-    counts: Any
-
-
-@dataclass(frozen=True, eq=False)
-class _Selection:
-    """Pairs of rows that are compared."""
-
-    kept: np.ndarray  # positions among the pairs, (n,)
-    section: np.ndarray  # of each kept spot, (n,)
-    pitches: dict[str, float]
-    n_left_out: dict[str, int]
-    n_fitted: int | None
-
-
 def align_expression(
     data: SpatialData | AnnData, table: AnnData, keys: Keys, options: AlignOptions
 ) -> AlignedExpression:
     """Align predicted and measured expression: the same genes, and spots that have both."""
-    matrices = _read_matrices(data, table, keys, options)
-    selection = _select_spots(matrices, table, options)
-    source, model, columns = matrices.source, matrices.model, matrices.columns
-    rows, source_rows = matrices.rows[selection.kept], matrices.source_rows[selection.kept]
-    xy = spots_of(table[rows])
-    sections = {str(name): np.flatnonzero(selection.section == name) for name in pd.unique(selection.section)}
-    pitches = {name: selection.pitches[name] for name in sections}
+    if options.is_other:
+        layer = other_layer(table, options.layer, options.layer_scale)
+    else:
+        layer = find_layer(table, keys, options.layer, options.model)
+    source, rows, source_rows = _measured_table(data, table, layer.name, options.measured)
+    gene_symbols = symbols_of(source, layer.record, options.gene_symbols)
+    columns, source_columns = genes_in_common(table, source, layer.is_predicted, options.genes, gene_symbols)
+    predicted = take(layer.values.T, columns).T if options.is_other else as_logs(layer.values, "log", columns)
+    measured = log_expression(
+        source, options.measured, genes=source_columns, scale=options.scale, expected="counts", parameter="measured"
+    )
+    counts = None if options.scale == "log" else values_of(source, options.measured, "measured")
+    if counts is None:
+        has_counts = np.isfinite(measured).any(axis=1)[source_rows]
+    else:
+        has_counts = (np.asarray(counts.sum(axis=1)).ravel() > 0)[source_rows]
+    has_prediction = np.isfinite(predicted).any(axis=1)[rows]
+    section = _sections(source, options.section_key, options.sample_key)[source_rows]
+    fitted = np.zeros(len(rows), bool) if layer.fitted_on is None else layer.fitted_on[rows]
+    kept, n_left_out = _select_spots(layer, section, has_prediction, has_counts, fitted)
+    n_left_out["genes not predicted"] = source.n_vars - len(columns) if options.genes is None else 0
+    # The pitch is that of the array: spots that are left out would leave holes.
+    on_array = has_prediction & has_counts
+    rows_of = {name: rows[on_array & (section == name)] for name in pd.unique(section[kept])}
+    pitches = {str(name): pitch_of(spots_of(table[own])) for name, own in rows_of.items()}
     if overlapping := [name for name, pitch in pitches.items() if not pitch > 0]:
         raise ValueError(
             f"obsm['spatial']: most spots of sections {validate.format_list(overlapping)} lie on top of each other"
         )
+    sections = {str(name): np.flatnonzero(section[kept] == name) for name in rows_of}
+    rows, source_rows = rows[kept], source_rows[kept]
+    xy = spots_of(table[rows])
     row, column = _array_positions(source.obs.iloc[source_rows], xy, sections, pitches)
-    trained_on = known_training_sections(matrices.record, model, sections)
+    trained_on = known_training_sections(layer.record, layer.model, sections)
     if trained_on:
         warnings.warn(
-            f"sections {trained_on} are in the training set of {matrices.record.get('model')}: their metrics are optimistic",
+            f"sections {trained_on} are in the training set of {layer.record.get('model')}: their metrics are optimistic",
             stacklevel=3,
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
     if not options.is_other:
-        mean, panels = training_facts(table, columns, keys, model, matrices.gene_symbols)
+        mean, panels = training_facts(table, columns, keys, layer.model, gene_symbols)
     return AlignedExpression(
         genes=table.var_names[columns],
         columns=columns,
         rows=rows,
-        predicted=take(matrices.predicted, rows),
-        measured=take(matrices.measured, source_rows),
-        counts=None if matrices.counts is None else take(matrices.counts, source_rows),
-        count_columns=matrices.source_columns,
+        predicted=take(predicted, rows),
+        measured=take(measured, source_rows),
+        counts=None if counts is None else take(counts, source_rows),
+        count_columns=source_columns,
         source=source,
         source_rows=source_rows,
         xy=xy,
@@ -164,66 +163,22 @@ def align_expression(
         mean=mean,
         panels=panels,
         trained_on=trained_on,
-        n_left_out=selection.n_left_out,
-        predictor=matrices.layer.predictor,
-        n_fitted=selection.n_fitted,
+        n_left_out=n_left_out,
+        predictor=layer.predictor,
+        n_fitted=n_left_out.get(FITTED_SPOTS, 0) if layer.fitted_on is not None else None,
     )
 
 
-def _read_matrices(data: SpatialData | AnnData, table: AnnData, keys: Keys, options: AlignOptions) -> _Matrices:
-    """Read the genes that both tables have, as logarithms, and pair the rows of the tables."""
-    name, measured = options.layer, options.measured
-    all_values = None
-    if options.is_other:
-        steps = source_layer(table, name)[1]
-        layer = EvaluatedLayer(name, name, bool(steps), adaptation_spots(table, steps))
-        all_values = log_expression(table, name, scale=options.layer_scale, expected="log")
-        is_predicted, record, model = np.asarray(np.isfinite(all_values).any(axis=0)), {}, None
-    else:
-        if keys.predicted not in table.var:
-            raise ValueError(
-                f"`prediction_key`: `data` holds no prediction {keys.key_added!r}; run hg.tl.predict first"
-            )
-        layer = find_layer(table, keys, name)
-        is_predicted, record = table.var[keys.predicted].to_numpy(bool), table.uns[keys.uns]
-        model = find_model(record, options.model)
-    source, rows, source_rows = _measured_table(data, table, layer.name, measured)
-    gene_symbols = symbols_of(source, record, options.gene_symbols)
-    columns, source_columns = genes_in_common(table, source, is_predicted, options.genes, gene_symbols)
-    matrix = matrix_of(table, layer.name)
-    predicted = as_logs(matrix, "log", columns) if all_values is None else take(all_values.T, columns).T
-    logs = log_expression(
-        source, measured, genes=source_columns, scale=options.scale, expected="counts", parameter="measured"
-    )
-    counts = None if options.scale == "log" else values_of(source, measured, "measured")
-    return _Matrices(
-        layer=layer,
-        record=record,
-        model=model,
-        gene_symbols=gene_symbols,
-        source=source,
-        rows=rows,
-        source_rows=source_rows,
-        columns=columns,
-        source_columns=source_columns,
-        predicted=predicted,
-        measured=logs,
-        counts=counts,
-    )
-
-
-def _select_spots(matrices: _Matrices, table: AnnData, options: AlignOptions) -> _Selection:
-    """Keep spots that have both values and that the layer was not fitted on, in sections that are large enough."""
-    layer, rows, counts = matrices.layer, matrices.rows, matrices.counts
-    has_prediction = np.asarray(np.isfinite(matrices.predicted).any(axis=1))[rows]
-    if counts is None:
-        has_counts = np.any(np.isfinite(matrices.measured), axis=1)[matrices.source_rows]
-    else:
-        has_counts = (np.asarray(counts.sum(axis=1)).ravel() > 0)[matrices.source_rows]
-    section = _sections(matrices.source, options.section_key, options.sample_key)[matrices.source_rows]
+def _select_spots(
+    layer: EvaluatedLayer,
+    section: np.ndarray,
+    has_prediction: np.ndarray,
+    has_counts: np.ndarray,
+    fitted: np.ndarray,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Return spots with both values that the layer was not fitted on, in large sections; and the number of others."""
     both = has_prediction & has_counts
-    fitted = both & (False if layer.fitted_on is None else layer.fitted_on[rows])
-    used = both & ~fitted
+    fitted, used = both & fitted, both & ~fitted
     if fitted.any() and not used.any():
         raise ValueError(
             f"`layer` {layer.name!r} was adapted to all {int(fitted.sum())} spots that were predicted and measured; no spot is "
@@ -235,11 +190,10 @@ def _select_spots(matrices: _Matrices, table: AnnData, options: AlignOptions) ->
             "comparison, so the metrics are optimistic; run hg.tl.adapt again",
             stacklevel=4,
         )
-    names, sizes = np.unique(section[used].astype(str), return_counts=True)
-    names = names.astype(object)
-    small = names[sizes < MIN_SPOTS]
-    if len(small) == len(names):
-        found = validate.format_list(f"{name!r} {n}" for name, n in zip(names, sizes, strict=True))
+    sizes = pd.Series(section[used].astype(str)).value_counts().sort_index()
+    small = sizes.index[sizes < MIN_SPOTS]
+    if len(small) == len(sizes):
+        found = validate.format_list(f"{name!r} {n}" for name, n in sizes.items())
         raise ValueError(
             f"`data`: no section has at least {MIN_SPOTS} spots that were both predicted and measured"
             f"{' and not used by hg.tl.adapt' * layer.adapted}; found {int(used.sum())} spots, by section: {found}"
@@ -250,19 +204,13 @@ def _select_spots(matrices: _Matrices, table: AnnData, options: AlignOptions) ->
             stacklevel=4,
         )
     in_small = np.isin(section.astype(str), small)
-    n_genes_lost = matrices.source.n_vars - len(matrices.columns)
-    left_out = {
+    n_left_out = {
         "spots not predicted (outside the image)": int((~has_prediction).sum()),
         "spots without any counts": int((has_prediction & ~has_counts).sum()),
         f"spots of sections under {MIN_SPOTS} spots": int((used & in_small).sum()),
         **({FITTED_SPOTS: int(fitted.sum())} if layer.adapted and layer.fitted_on is not None else {}),
-        "genes not predicted": n_genes_lost if options.genes is None else 0,
     }
-    # The pitch is that of the array: spots that are left out would leave holes.
-    pitches = {name: pitch_of(spots_of(table[rows[both & (section == name)]])) for name in names if name not in small}
-    kept = np.flatnonzero(used & ~in_small)
-    n_fitted = None if layer.fitted_on is None else int(fitted.sum())
-    return _Selection(kept, section[kept], pitches, left_out, n_fitted)
+    return np.flatnonzero(used & ~in_small), n_left_out
 
 
 def _sections(table: AnnData, section_key: str, sample_key: str) -> np.ndarray:

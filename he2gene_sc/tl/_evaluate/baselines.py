@@ -1,8 +1,8 @@
-"""Inputs of the baselines of ``hg.tl.evaluate`` at each spot: class, depth, colour or coordinates."""
+"""Baselines of ``hg.tl.evaluate``, and what they read at each spot: class, depth, colour, coordinates or neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,69 +11,89 @@ import pandas as pd
 from ..._core.keys import Keys
 from ..._core.logs import logger
 from ..._core.slide import colours_of, slides_of
-from ...stats._baselines import position
+from ...stats import _baselines as statistics
 from .aligned import AlignedExpression
-from .metrics import BASELINES
+from .layer import MODEL
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
 
-def baseline_inputs(
+#: Data that each predictor has seen, also of the slide that it is compared on.
+SEEN = {
+    MODEL: "the image; expression of its training sections",
+    "training mean": "expression of the model's training sections; nothing of this slide",
+    "class mean": "labels of this slide; expression of its other spots",
+    "total counts": "total counts of every spot of this slide; expression of its other spots",
+    "mean colour": "colour of every spot of this slide; expression of the spots of its other parts",
+    "coordinates": "place of every spot of this slide; expression of the spots of its other parts",
+    "nearest spots": "expression of the neighbouring spots of this slide",
+}
+BASELINES = tuple(name for name in SEEN if name != MODEL)
+#: Predicts measured values ``(n, g)`` of spots of a section, from its name, the positions of the spots and the values.
+Predictor = Callable[[str, np.ndarray, np.ndarray], statistics.Baseline]
+
+
+def baseline_predictors(
     data: SpatialData | AnnData,
     table: AnnData,
     aligned: AlignedExpression,
     chosen: Sequence[str] | None,
     annotation_key: str | None,
     keys: Keys,
-) -> tuple[dict[str, np.ndarray | None], dict[str, str]]:
-    """Return the input of each baseline, and the reason why each other baseline is left out."""
-    inputs: dict[str, np.ndarray | None] = {}
+) -> tuple[dict[str, Predictor | None], dict[str, str]]:
+    """Return each baseline (``None``: the training mean), and the reason why each other one is left out."""
+    predictors: dict[str, Predictor | None] = {}
     skipped = {}
     for name in BASELINES:
         if chosen is not None and name not in chosen:
             skipped[name] = "not asked for"
             continue
         try:
-            inputs[name] = _input(name, data, table, aligned, annotation_key, keys)
+            predictors[name] = _predictor(name, data, table, aligned, annotation_key, keys)
         except ValueError as error:
             if chosen is not None:
                 raise ValueError(f"`baselines`: {name!r} cannot be computed: {error}") from error
             skipped[name] = str(error)
             logger.info("baseline %r is left out: %s", name, error)
-    return inputs, skipped
+    return predictors, skipped
 
 
-def _input(
+def _predictor(
     name: str,
     data: SpatialData | AnnData,
     table: AnnData,
     aligned: AlignedExpression,
     annotation_key: str | None,
     keys: Keys,
-) -> np.ndarray | None:
-    """Return the input of a baseline, ``None`` if it needs none; raise if the input is missing."""
+) -> Predictor | None:
+    """Return a baseline, ``None`` for the training mean; raise if its input is missing."""
+    if name == "training mean":
+        if np.isnan(aligned.mean).all():
+            raise ValueError("the training means of the genes are unknown")
+        return None
     if name == "class mean":
         if annotation_key is None:
             raise ValueError("no `annotation_key` is given")
-        return pd.factorize(aligned.labels(annotation_key, "annotation_key"))[0]
+        codes = pd.factorize(aligned.labels(annotation_key, "annotation_key"))[0]
+        return lambda _, spots, measured: statistics.class_mean(measured, codes[spots])
     if name == "total counts":
-        if aligned.depth is None:
+        if (depth := aligned.depth) is None:
             raise ValueError("no counts are given, only logarithms")
-        return aligned.depth
+        return lambda _, spots, measured: statistics.line(measured, depth[spots])
+    if name == "nearest spots":
+        return lambda section, _, measured: statistics.neighbours_mean(measured, aligned.weights[section])
     if name == "mean colour":
         if not hasattr(data, "tables"):
             raise ValueError("a SpatialData object with the image is needed; `data` is a table")
-        return colours_of(slides_of(data, table, keys.uns), table, _optical_density, 6)[aligned.rows]
-    if name == "coordinates":
-        coordinates = np.empty((len(aligned.xy), 3))
+        features = colours_of(slides_of(data, table, keys.uns), table, _optical_density, 6)[aligned.rows]
+    else:
+        features = np.empty((len(aligned.xy), 3))
         for spots in aligned.sections.values():
-            coordinates[spots] = position(aligned.xy[spots])
-        return coordinates
-    if name == "training mean" and np.isnan(aligned.mean).all():
-        raise ValueError("the training means of the genes are unknown")
-    return None
+            features[spots] = statistics.position(aligned.xy[spots])
+    folds = {s: statistics.tissue_parts(aligned.xy[spots], aligned.pitches[s]) for s, spots in aligned.sections.items()}
+    return lambda section, spots, measured: statistics.ridge(measured, features[spots], folds[section])
 
 
 def _optical_density(patches: np.ndarray) -> np.ndarray:

@@ -18,9 +18,9 @@ from ..._core.ownership import check_free
 from ..._core.results import write_result
 from ..._core.spots import has_samples
 from .aligned import UNKNOWN_LABELS, AlignedExpression, AlignOptions, align_expression, class_probabilities
-from .baselines import baseline_inputs
+from .baselines import BASELINES, SEEN, baseline_predictors
 from .layer import MODEL, prediction_named, table_with
-from .metrics import BASELINES, METRICS, SEEN, Results, annotation_tables, compute_metrics, gene_tables, summarise
+from .metrics import METRICS, Results, annotation_tables, compute_metrics, gene_tables, summarise
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -227,8 +227,8 @@ def evaluate(
     elif annotation_key is not None:
         proba, codes, left_out[UNKNOWN_LABELS] = class_probabilities(aligned, annotation_key, table, keys)
         facts = annotation_tables(aligned, proba, codes, samples)
-    inputs, skipped = baseline_inputs(data, table, aligned, baselines, annotation_key, keys)
-    results = compute_metrics(aligned, inputs, n_splits=n_splits, seed=seed)
+    predictors, skipped = baseline_predictors(data, table, aligned, baselines, annotation_key, keys)
+    results = compute_metrics(aligned, predictors, n_splits=n_splits, seed=seed)
     if np.isnan(aligned.mean).all() and not is_other:
         warnings.warn(
             "the training means of the genes are unknown, so skill is NaN: predict again, or name the `model`",
@@ -248,7 +248,7 @@ def evaluate(
         "sample_key": sample_key,
         "section_key": section_key,
         "genes": None if genes is None else [str(gene) for gene in genes],
-        "baselines": list(inputs),
+        "baselines": list(predictors),
         "prediction_key": None if is_other else prediction_key,
         "n_splits": int(n_splits),
         "seed": int(seed),

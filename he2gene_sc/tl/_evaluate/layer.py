@@ -1,22 +1,30 @@
-"""The layer that ``hg.tl.evaluate`` compares, its model, and the spots that it was adapted to."""
+"""The layer that ``hg.tl.evaluate`` compares: its model, the spots that it was adapted to, and its genes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
+from ..._core import validate
+from ..._core.expression import Scale, log_expression
+from ..._core.genes import columns_of, match_previous_symbols, symbols_in
 from ..._core.keys import Keys
-from ..._core.matrix import layer_names
+from ..._core.matrix import layer_names, matrix_of
+from ..._core.model_genes import match_genes
 from ..._core.ownership import is_prediction, is_record_of
-from ..._core.predictions import prediction_of, source_layer
+from ..._core.predictions import prediction_of, record_of, source_layer
 from ..._core.spots import get_table
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
+
+    from ...models import HE2Gene
+
 
 #: Name of the prediction in the tables of an evaluation; an adapted layer keeps its own name.
 MODEL = "he2gene"
@@ -30,6 +38,10 @@ class EvaluatedLayer:
     predictor: str  # its name in the tables
     adapted: bool
     fitted_on: np.ndarray | None  # spots, (n_obs,) bool; None if an older version did not record them
+    values: Any  # as stored; of another model as logarithms
+    is_predicted: np.ndarray  # genes, (n_vars,) bool
+    record: Mapping[str, Any] = field(default_factory=dict)  # of the prediction
+    model: HE2Gene | None = None
 
 
 def table_with(
@@ -48,18 +60,28 @@ def table_with(
     return table, True
 
 
-def find_layer(table: AnnData, keys: Keys, layer: str) -> EvaluatedLayer:
+def other_layer(table: AnnData, layer: str, scale: Scale) -> EvaluatedLayer:
+    """Read a layer that another model predicted."""
+    steps = source_layer(table, layer)[1]
+    values = log_expression(table, layer, scale=scale, expected="log")
+    return EvaluatedLayer(
+        layer, layer, bool(steps), adaptation_spots(table, steps), values, np.isfinite(values).any(axis=0)
+    )
+
+
+def find_layer(table: AnnData, keys: Keys, layer: str, model: HE2Gene | None) -> EvaluatedLayer:
     """Find the layer of the prediction, or a layer that was adapted from it."""
-    own = table.uns[keys.uns]["layer"]
+    record = record_of(table, keys.key_added)
+    own = record["layer"]
     name = own if layer in (Keys().layer, keys.key_added) else layer
     origin, steps = source_layer(table, name)
     if origin != own or (name != own and not steps):
         adapted = [
             key
-            for key, record in table.uns.items()
-            if is_record_of("adapt", record) and source_layer(table, key)[0] == own
+            for key, other in table.uns.items()
+            if is_record_of("adapt", other) and source_layer(table, key)[0] == own
         ]
-        others = [key for key, record in table.uns.items() if is_prediction(record) and record["layer"] == name]
+        others = [key for key, other in table.uns.items() if is_prediction(other) and other["layer"] == name]
         hint = f"; {name!r} is another prediction, pass prediction_key={others[0]!r}" if others else ""
         raise ValueError(
             f"`layer` {name!r} is neither prediction {keys.key_added!r} of hg.tl.predict nor adapted from it by hg.tl.adapt, valid: "
@@ -70,7 +92,16 @@ def find_layer(table: AnnData, keys: Keys, layer: str) -> EvaluatedLayer:
             f"`layer` {name!r} has a record in uns, but the layer was removed, layers: {sorted(layer_names(table))}; run "
             f"{'hg.tl.adapt' if steps else 'hg.tl.predict'} again"
         )
-    return EvaluatedLayer(name, name if steps else MODEL, bool(steps), adaptation_spots(table, steps))
+    return EvaluatedLayer(
+        name,
+        name if steps else MODEL,
+        bool(steps),
+        adaptation_spots(table, steps),
+        matrix_of(table, name),
+        table.var[keys.predicted].to_numpy(bool),
+        record,
+        find_model(record, model),
+    )
 
 
 def adaptation_spots(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
@@ -85,3 +116,77 @@ def prediction_named(data: Any, key: str) -> bool:
     """Return whether a table of the object holds a prediction of that name."""
     tables = data.tables.values() if hasattr(data, "tables") else [data]
     return any(is_prediction(getattr(table, "uns", {}).get(key)) for table in tables)
+
+
+def genes_in_common(
+    table: AnnData, other: AnnData, known: np.ndarray, genes: Sequence[str] | None, gene_symbols: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the columns of both tables that hold the same predicted gene (``known``, ``(n_vars,)``) of ``genes``."""
+    if gene_symbols is not None:
+        validate.key_in(gene_symbols, list(other.var.columns), "gene_symbols", what="a column of var")
+    if other is table:
+        columns = np.arange(table.n_vars)
+    else:
+        names = symbols_in(other, gene_symbols)
+        stripped = names.str.replace(r"\.\d+$", "", regex=True)
+        by_id = pd.Index(table.var["ensembl_id"].astype(str)) if "ensembl_id" in table.var else table.var_names
+        by_id = pd.Series(np.arange(len(by_id)), by_id)
+        by_id = by_id[~by_id.index.duplicated(keep=False)]
+        columns = table.var_names.get_indexer(names)
+        columns = np.where(columns >= 0, columns, by_id.reindex(stripped).fillna(-1).to_numpy(int))
+        columns = match_previous_symbols(names, table.var_names, columns)
+    usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
+    if not usable.any():
+        raise ValueError(
+            f"`data`: no measured gene was predicted; predicted: {list(table.var_names[known][:3])}, measured: "
+            f"{list(other.var_names[:3])}. If gene symbols are in a column of var, pass its name as `gene_symbols`"
+        )
+    if genes is not None:
+        if not len(genes):
+            raise ValueError("`genes` is empty; name at least one gene, or use None for all")
+        names = list(dict.fromkeys(str(gene) for gene in genes))
+        wanted = columns_of(table, names, gene_symbols)
+        absent = [gene for gene, column in zip(names, wanted, strict=True) if column not in set(columns[usable])]
+        if absent:
+            raise ValueError(
+                f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists the predicted genes"
+            )
+        usable &= np.isin(columns, wanted)
+    chosen = np.flatnonzero(usable)
+    return columns[chosen], chosen
+
+
+def training_facts(
+    table: AnnData, columns: np.ndarray, keys: Keys, model: HE2Gene | None, gene_symbols: str | None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the training mean of each gene, and gene panels of the table and, if it is available, of the model."""
+    mean = np.array(table.var[keys.mean] if keys.mean in table.var else np.full(table.n_vars, np.nan), float)
+    panels = {"all genes": np.ones(len(columns), bool), "reliable": table.var[keys.reliable].to_numpy(bool)[columns]}
+    if model is not None:
+        symbols = gene_symbols if gene_symbols in table.var else None
+        matched = match_genes(model, table, None, symbols)
+        position = np.full(table.n_vars, -1)
+        position[matched.columns] = matched.positions
+        facts = model.genes.iloc[position[columns]]
+        is_known = position[columns] >= 0
+        panels["target"] = is_known & (facts["group"] == "target").to_numpy()
+        panels["most variable"] = is_known & facts["variable"].to_numpy(bool)
+        mean[columns] = np.where(np.isnan(mean[columns]) & is_known, facts["mean"], mean[columns])
+    return mean[columns], {name: mask for name, mask in panels.items() if mask.any()}
+
+
+def find_model(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
+    """Return the model that made a prediction: ``model`` if given, else a bundled one with the same weights."""
+    from ...models import BUNDLED, load
+
+    if model is not None:
+        if model.weights_sha256 != record.get("weights_sha256"):
+            raise ValueError(
+                f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} with other weights; pass that "
+                "model, or predict again"
+            )
+        return model
+    if record.get("model") not in BUNDLED:
+        return None
+    model = load(record["model"])
+    return model if model.weights_sha256 == record.get("weights_sha256") else None

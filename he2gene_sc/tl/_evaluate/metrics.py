@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +10,10 @@ import pandas as pd
 import scipy.sparse
 
 from ..._core.matrix import take
-from ...stats import _baselines as baseline_stats
 from ...stats import (
     ceiling_of_neighbours,
     class_scores,
     moran,
-    neighbour_weights,
     noise_ceiling,
     pearson,
     sd_ratio,
@@ -25,8 +23,9 @@ from ...stats import (
     ssim_on_grid,
 )
 from ...stats._blocks import column_blocks
+from ...training._predictability import mean_by_patient
 from .aligned import AlignedExpression
-from .layer import MODEL
+from .baselines import Predictor
 
 #: Metrics of the model; baselines have the first two.
 METRICS = (
@@ -50,18 +49,6 @@ DIFFERENCES = tuple(f"{metric}_difference" for metric in BASELINE_METRICS)
 #: Metrics of a map, which only a section has; the pooled value is the mean over sections.
 _MAP_METRICS = ("moran_measured", "moran_predicted", "ssim")
 ALL_SECTIONS = "all sections"
-#: Data that each predictor has seen, also of the slide that it is compared on.
-SEEN = {
-    MODEL: "the image; expression of its training sections",
-    "training mean": "expression of the model's training sections; nothing of this slide",
-    "class mean": "labels of this slide; expression of its other spots",
-    "total counts": "total counts of every spot of this slide; expression of its other spots",
-    "mean colour": "colour of every spot of this slide; expression of the spots of its other parts",
-    "coordinates": "place of every spot of this slide; expression of the spots of its other parts",
-    "nearest spots": "expression of the neighbouring spots of this slide",
-}
-BASELINES = tuple(name for name in SEEN if name != MODEL)
-
 #: Number of values in a block of genes, 16 MB in double precision.
 _BLOCK = 2**21
 
@@ -75,46 +62,32 @@ class Results:
 
 
 def compute_metrics(
-    aligned: AlignedExpression, baselines: Mapping[str, np.ndarray | None], *, n_splits: int, seed: int
+    aligned: AlignedExpression, baselines: Mapping[str, Predictor | None], *, n_splits: int, seed: int
 ) -> Results:
-    """Compute the metrics of the model and the baselines in each section and over all spots.
-
-    ``baselines`` maps the name of each baseline to its input at the spots: class codes ``(n,)``, log total counts ``(n,)``,
-    colours or coordinates ``(n, f)``, or ``None``.
-    """
-    weights = {name: neighbour_weights(aligned.xy[s], aligned.pitches[name]) for name, s in aligned.sections.items()}
+    """Compute the metrics of the model and the baselines in each section and over all spots."""
+    weights = aligned.weights
     model = [_model(aligned, spots, weights[name], True, n_splits, seed) for name, spots in aligned.sections.items()]
     by_section = {aligned.predictor: {metric: np.stack([part[metric] for part in model]) for metric in METRICS}}
     pooled = {aligned.predictor: model[0]}
     if len(model) > 1:
-        all_spots, neighbours = np.arange(len(aligned.rows)), _neighbours_in_sections(aligned, weights)
-        pooled[aligned.predictor] = _model(aligned, all_spots, neighbours, False, n_splits, seed)
-        pooled[aligned.predictor] |= {metric: _mean(by_section[aligned.predictor][metric]) for metric in _MAP_METRICS}
-    for name, values in baselines.items():
-        for results, scores in zip((by_section, pooled), _baseline(aligned, name, values, weights), strict=True):
+        all_spots = np.arange(len(aligned.rows))
+        pooled[aligned.predictor] = _model(aligned, all_spots, _pooled_weights(aligned), False, n_splits, seed)
+        pooled[aligned.predictor] |= {
+            metric: mean_of_sections(aligned, by_section[aligned.predictor][metric], None) for metric in _MAP_METRICS
+        }
+    for name, predict in baselines.items():
+        for results, scores in zip((by_section, pooled), _baseline(aligned, predict), strict=True):
             own = results[aligned.predictor]
             differences = {f"{metric}_difference": own[metric] - scores[metric] for metric in BASELINE_METRICS}
             results[name] = scores | differences
     return Results(by_section, pooled)
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Return the mean over rows without NaN; NaN for columns without any value."""
-    known = np.isfinite(values)
-    n = known.sum(0)
-    return np.where(n > 0, np.where(known, values, 0).sum(0) / np.maximum(n, 1), np.nan)
-
-
-def _neighbours_in_sections(
-    aligned: AlignedExpression, weights: Mapping[str, scipy.sparse.sparray]
-) -> scipy.sparse.csr_array:
+def _pooled_weights(aligned: AlignedExpression) -> scipy.sparse.csr_array:
     """Return the neighbour weights of all spots, ``(n, n)``; neighbours are in the same section."""
-    n = len(aligned.rows)
-    whole = scipy.sparse.csr_array((n, n))
-    for name, spots in aligned.sections.items():
-        part = scipy.sparse.coo_array(weights[name])
-        whole = whole + scipy.sparse.csr_array((part.data, (spots[part.row], spots[part.col])), shape=(n, n))
-    return whole
+    whole = scipy.sparse.block_diag([*aligned.weights.values()], format="csr")
+    order = np.argsort(np.concatenate([*aligned.sections.values()]))
+    return scipy.sparse.csr_array(whole)[order][:, order]
 
 
 def _model(
@@ -128,20 +101,19 @@ def _model(
     """Compute every metric of the prediction at ``spots``; metrics of maps only if they are one section."""
     n_genes = len(aligned.genes)
     found = {metric: np.full(n_genes, np.nan) for metric in METRICS}
-    moran_measured, low, chance = np.full(n_genes, np.nan), np.full(n_genes, np.nan), 0.0
+    low, chance = np.full(n_genes, np.nan), 0.0
     depth = aligned.depth
     for block in column_blocks((len(spots), n_genes), _BLOCK):
         p, m = aligned.predicted[:, block][spots], aligned.measured[:, block][spots]
         for name, metric in (("pearson", pearson), ("spearman", spearman), ("sd_ratio", sd_ratio), ("slope", slope)):
             found[name][block] = metric(p, m)
         found["skill"][block] = skill(p, m, aligned.mean[block])
-        moran_measured[block] = moran(m, weights)
         if aligned.counts is not None:
             low[block], chance = ceiling_of_neighbours(m, weights, None if depth is None else depth[spots])
         if depth is not None:
             found["depth_correlation"][block] = pearson(m - p, np.broadcast_to(depth[spots][:, None], p.shape))
         if is_section:
-            found["moran_measured"][block], found["moran_predicted"][block] = moran_measured[block], moran(p, weights)
+            found["moran_measured"][block], found["moran_predicted"][block] = moran(m, weights), moran(p, weights)
             found["ssim"][block] = ssim_on_grid(p, m, aligned.row[spots], aligned.column[spots])
     if aligned.counts is not None:
         counts = take(aligned.counts, spots)
@@ -155,14 +127,13 @@ def _model(
 
 
 def _baseline(
-    aligned: AlignedExpression, name: str, values: np.ndarray | None, weights: Mapping[str, scipy.sparse.sparray]
+    aligned: AlignedExpression, predict: Predictor | None
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Compute the metrics of a baseline in each section and pooled, in blocks of genes."""
     n, n_genes = aligned.measured.shape
     sections = aligned.sections
     parts = {metric: np.full((len(sections), n_genes), np.nan) for metric in BASELINE_METRICS}
     whole = {metric: np.full(n_genes, np.nan) for metric in BASELINE_METRICS}
-    predict = _predictor(aligned, name, values, weights)
     for block in column_blocks((n, n_genes), _BLOCK):
         measured = aligned.measured[:, block].astype(np.float64)
         mean = aligned.mean[block]
@@ -179,41 +150,25 @@ def _baseline(
     return parts, whole
 
 
-def _predictor(
-    aligned: AlignedExpression, name: str, values: np.ndarray | None, weights: Mapping[str, scipy.sparse.sparray]
-) -> Callable[[str, np.ndarray, np.ndarray], baseline_stats.Baseline] | None:
-    """Return a function of a section, its spots and their measured values; ``None`` for the training mean."""
-    if name == "class mean" and values is not None:
-        return lambda _, spots, measured: baseline_stats.class_mean(measured, values[spots])
-    if name == "total counts" and values is not None:
-        return lambda _, spots, measured: baseline_stats.line(measured, values[spots])
-    if name == "nearest spots":
-        return lambda section, _, measured: baseline_stats.neighbours_mean(measured, weights[section])
-    if name in ("mean colour", "coordinates") and values is not None:
-        sections, pitches = aligned.sections, aligned.pitches
-        folds = {s: baseline_stats.tissue_parts(aligned.xy[spots], pitches[s]) for s, spots in sections.items()}
-        return lambda section, spots, measured: baseline_stats.ridge(measured, values[spots], folds[section])
-    return None
-
-
 def gene_tables(
     aligned: AlignedExpression, results: Results, samples: Mapping[str, str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return tidy tables of the model and of the baselines, with one row per scope, section, predictor and gene."""
+    names, n = aligned.genes.astype(str), len(aligned.rows)
+    genes = pd.Categorical(names, categories=pd.unique(names))
     model: list[pd.DataFrame] = []
     baselines: list[pd.DataFrame] = []
-    for scope, section, n_spots, predictor, values in _scopes(aligned, results, samples):
-        frame = pd.DataFrame(
-            {
-                "gene": pd.Categorical(aligned.genes.astype(str), categories=pd.unique(aligned.genes.astype(str))),
-                "scope": scope,
-                "section": section,
-                "predictor": predictor,
-                "n_spots": n_spots,
-                **{metric: value.astype(np.float32) for metric, value in values.items()},
-            }
-        )
-        (model if predictor == aligned.predictor else baselines).append(frame)
+    for predictor, values in results.by_section.items():
+        scopes = [
+            ("section", section, len(spots), {metric: v[i] for metric, v in values.items()})
+            for i, (section, spots) in enumerate(aligned.sections.items())
+        ]
+        mean = {metric: mean_of_sections(aligned, v, samples) for metric, v in values.items()}
+        scopes += [("pooled", ALL_SECTIONS, n, results.pooled[predictor]), ("mean", ALL_SECTIONS, n, mean)]
+        for scope, section, n_spots, found in scopes:
+            row = {"gene": genes, "scope": scope, "section": section, "predictor": predictor, "n_spots": n_spots}
+            frame = pd.DataFrame(row | {metric: value.astype(np.float32) for metric, value in found.items()})
+            (model if predictor == aligned.predictor else baselines).append(frame)
     return _stack(model), _stack(baselines)
 
 
@@ -227,30 +182,11 @@ def _stack(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return whole
 
 
-def _scopes(
-    aligned: AlignedExpression, results: Results, samples: Mapping[str, str] | None
-) -> Iterator[tuple[str, str, int, str, dict[str, np.ndarray]]]:
-    """Yield scope, section, number of spots, predictor and metrics of each section, of all spots, and of the mean."""
-    n_spots = len(aligned.rows)
-    for predictor, values in results.by_section.items():
-        for i, (section, spots) in enumerate(aligned.sections.items()):
-            yield "section", section, len(spots), predictor, {metric: v[i] for metric, v in values.items()}
-        yield "pooled", ALL_SECTIONS, n_spots, predictor, results.pooled[predictor]
-        yield (
-            "mean",
-            ALL_SECTIONS,
-            n_spots,
-            predictor,
-            {m: mean_of_sections(aligned, v, samples) for m, v in values.items()},
-        )
-
-
 def mean_of_sections(aligned: AlignedExpression, values: np.ndarray, samples: Mapping[str, str] | None) -> np.ndarray:
     """Return the mean over sections ``(s, …)``; with ``samples``, the mean over samples of their section means."""
-    if samples is None:
-        return _mean(values)
-    sample_of_section = np.array([samples[section] for section in aligned.sections])
-    return _mean(np.stack([_mean(values[sample_of_section == sample]) for sample in pd.unique(sample_of_section)]))
+    if samples is not None:
+        values = mean_by_patient(values, [samples[section] for section in aligned.sections])
+    return mean_by_patient(values, [""] * len(values))[0]
 
 
 def summarise(genes: pd.DataFrame, panels: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -293,22 +229,14 @@ def annotation_tables(
             continue
         scores = class_scores(values[labelled], codes[labelled])
         overall.append({**row, "n_labelled": scores.n, **{name: getattr(scores, name) for name in names}})
-        for c, name in enumerate(classes):
-            by_class.append(
-                {
-                    **row,
-                    "class": name,
-                    "n_labelled": int(scores.support[c]),
-                    "recall": scores.recall[c],
-                    "f1": scores.f1[c],
-                    "auroc": scores.auroc[c],
-                }
-            )
-            for d, other in enumerate(classes):
-                confusion.append({**row, "label": name, "predicted": other, "n_spots": int(scores.confusion[c, d])})
+        of_class = {"n_labelled": scores.support, "recall": scores.recall, "f1": scores.f1, "auroc": scores.auroc}
+        by_class.append(pd.DataFrame({**row, "class": classes, **of_class}))
+        pairs = {"label": np.repeat(classes, len(classes)), "predicted": classes * len(classes)}
+        confusion.append(pd.DataFrame({**row, **pairs, "n_spots": scores.confusion.ravel()}))
     table = pd.DataFrame(overall)
-    parts = table[table["scope"] == "section"][list(names)].to_numpy(float)
-    mean = dict(zip(names, mean_of_sections(aligned, parts, samples), strict=True))
+    of_sections = table[table["scope"] == "section"][list(names)].to_numpy(float)
+    mean = dict(zip(names, mean_of_sections(aligned, of_sections, samples), strict=True))
     n = int((codes >= 0).sum())
     table.loc[len(table)] = {"scope": "mean", "section": ALL_SECTIONS, "n_labelled": n, **mean}
-    return {"annotation": table, "classes": pd.DataFrame(by_class), "confusion": pd.DataFrame(confusion)}
+    tables = {"classes": by_class, "confusion": confusion}
+    return {"annotation": table} | {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
