@@ -23,7 +23,6 @@ from ._encoding import (
     is_interpolated,
     log_interpolation,
     parts_of,
-    steps_um,
 )
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def embed(
     check_options("embed", options)
     target_folder = None if folder is None else validate.folder_or_file(folder, "folder")
     model = load(model)
-    how = Encoding.checked("embed", model, device, show_progress_bar, exact, options)
+    how = Encoding.checked(model, device, show_progress_bar, exact, options)
     slides = find_slides(
         sdata,
         model,
@@ -247,16 +246,9 @@ def _flat(features: SpotFeatures, model: HE2Gene) -> np.ndarray:
 def _record(slides: tuple[Slide, ...], model: HE2Gene, how: Encoding, parts: list[tuple[Part, ...]]) -> dict[str, Any]:
     """Return the facts in ``uns`` that the features depend on."""
     dense = [slide.shapes_key for slide, part in zip(slides, parts, strict=True) if is_interpolated(part)]
-    return {
-        "encoder": model.card.encoder["name"],
-        "encoder_license": model.card.encoder["license"],
-        "encoder_sha256": model.card.encoder["sha256"],
-        "windows_um": [float(um) for um in model.card.windows_um],
+    return how.facts(model, dense) | {
         "mpp": {slide.shapes_key: slide.mpp for slide in slides},
         "image": {slide.shapes_key: slide.image_key for slide in slides},
-        "dtype": str(how.dtype).removeprefix("torch."),
-        "tta": how.tta,
         "n_views": _n_views(model, how),
         "lattice": how.step or 0.0,
-        **({"interpolated": dense, "lattice_um": steps_um(model, how)} if dense else {}),
     }

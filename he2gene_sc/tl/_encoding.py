@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -51,17 +51,15 @@ class Encoding:
     @classmethod
     def checked(
         cls,
-        verb: str,
         model: HE2Gene,
         device: str | torch.device | None,
         show_progress_bar: bool | None,
         exact: bool,
         options: Mapping[str, Any],
     ) -> Encoding:
-        """Check the arguments and create the settings; ``options`` are those of :class:`EncodingOptions`."""
+        """Create the settings; ``options`` are those of :class:`EncodingOptions`, after :func:`check_options`."""
         from ..inference import resolve_device, resolve_dtype
 
-        check_options(verb, options)
         resolved = resolve_device(settings.device if device is None else device)
         tta = options.get("tta")
         return cls(
@@ -85,6 +83,22 @@ class Encoding:
 
         symmetries = SYMMETRIES if self.tta else SYMMETRIES[:1]
         return Encoder(model.card.encoder["sha256"], symmetries, self.device, self.dtype)
+
+    def facts(self, model: HE2Gene, interpolated: Sequence[str]) -> dict[str, Any]:
+        """Return what a record states of the encoder; ``interpolated`` names elements with interpolated features."""
+        return {
+            "encoder": model.card.encoder["name"],
+            "encoder_license": model.card.encoder["license"],
+            "encoder_sha256": model.card.encoder["sha256"],
+            "windows_um": [float(um) for um in model.card.windows_um],
+            "tta": self.tta,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **({"interpolated": list(interpolated), "lattice_um": self.steps_um(model)} if interpolated else {}),
+        }
+
+    def steps_um(self, model: HE2Gene) -> list[float]:
+        """Return the step of the lattice of each window, in µm."""
+        return [float(f"{(self.step or 0) * um:.6g}") for um in model.card.windows_um]
 
 
 def check_options(verb: str, options: Mapping[str, Any]) -> None:
@@ -171,21 +185,13 @@ def is_interpolated(parts: tuple[Part, ...]) -> bool:
 def log_interpolation(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...]) -> None:
     """Log that features are interpolated, and the number of nodes."""
     if is_interpolated(parts):
-        nodes = sum(part.reader.n_spots for part in parts)
+        nodes, n = sum(part.reader.n_spots for part in parts), int(slide.inside.sum())
+        steps = ", ".join(f"{um:g}" for um in how.steps_um(model))
         logger.info(
             "%s: %d spots are closer than half a window: features are interpolated from %d patches on lattices of %s µm; "
             "exact=True encodes %d",
-            slide.shapes_key,
-            int(slide.inside.sum()),
-            nodes,
-            ", ".join(f"{um:g}" for um in steps_um(model, how)),
-            int(slide.inside.sum()) * len(parts),
+            *(slide.shapes_key, n, nodes, steps, n * len(parts)),
         )
-
-
-def steps_um(model: HE2Gene, how: Encoding) -> list[float]:
-    """Return the step of the lattice of each window, in µm."""
-    return [float(f"{(how.step or 0) * um:.6g}") for um in model.card.windows_um]
 
 
 @dataclass(frozen=True)

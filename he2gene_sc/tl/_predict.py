@@ -32,7 +32,6 @@ from ._encoding import (
     find_slides,
     is_interpolated,
     parts_of,
-    steps_um,
 )
 from ._known import training_sections
 
@@ -198,7 +197,7 @@ def predict(
     check_options("predict", options)
     keys = Keys(key_added, layer)
     model = load(model)
-    how = Encoding.checked("predict", model, device, show_progress_bar, exact, options)
+    how = Encoding.checked(model, device, show_progress_bar, exact, options)
     slides = find_slides(
         sdata,
         model,
@@ -219,6 +218,8 @@ def predict(
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
     kept = find_features(features, table)
+    if isinstance(kept, KeptFeatures):
+        how = kept.as_encoded(how)
     new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
     shape = table.shape if table is not None and new_table is None else new_shape
     lazy = is_large(*shape)
@@ -231,8 +232,6 @@ def predict(
         logger.info("predict: reliable genes are those for known patients; pass known_patient=False for new patients")
     results = [_predict_slide(slide, model, how, kept) for slide in slides]
     predictions = [prediction for _, _, prediction in results]
-    if isinstance(kept, KeptFeatures):
-        how = kept.as_encoded(how)
     dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, results, strict=True) if interpolated]
     chosen = {
         "image_key": image_key,
@@ -250,16 +249,10 @@ def predict(
         "weights_sha256": model.weights_sha256,
         "head": head_digest(model),
         **({"model_source": model.source} if model.source else {}),
-        "encoder": model.card.encoder["name"],
-        "encoder_license": model.card.encoder["license"],
-        "encoder_sha256": model.card.encoder["sha256"],
         "expression_scale": model.card.expression_scale,
         "layer": keys.layer,
-        "tta": how.tta,
         "device": how.device.type,
-        "dtype": str(how.dtype).removeprefix("torch."),
-        "windows_um": [float(um) for um in model.card.windows_um],
-        **({"interpolated": dense, "lattice_um": steps_um(model, how)} if dense else {}),
+        **how.facts(model, dense),
         **_describe(slides, [level for level, _, _ in results]),
         **_summary(predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
@@ -274,11 +267,9 @@ def predict(
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
-    _warn_of_slides(slides, predictions)
+    _warn_of_slides(slides, predictions, keys, bool(known_patient) and "known" in (model.card.guard or {}))
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
-    if known_patient and "known" in (model.card.guard or {}):
-        _warn_of_new_patients(slides, predictions, keys)
     stacked = StackedPredictions.collect(
         slides,
         predictions,
@@ -321,8 +312,10 @@ def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
     return summary
 
 
-def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> None:
-    """Warn once of all slides that are out of distribution."""
+def _warn_of_slides(
+    slides: Sequence[Slide], predictions: Sequence[Predictions], keys: Keys, declared_known: bool
+) -> None:
+    """Warn of slides out of distribution, and of those that are declared as of a known patient but look like a new one."""
     reasons = [
         f"{slide.shapes_key!r}: {'; '.join(result.ood.reasons)} (mpp {slide.mpp:.4g}, {slide.mpp_source})"
         for slide, result in zip(slides, predictions, strict=True)
@@ -336,14 +329,10 @@ def _warn_of_slides(slides: Sequence[Slide], predictions: Sequence[Predictions])
             UserWarning,
             stacklevel=3,
         )
-
-
-def _warn_of_new_patients(slides: Sequence[Slide], predictions: Sequence[Predictions], keys: Keys) -> None:
-    """Warn of slides that are declared as of a known patient but look like a new patient."""
     new = [
         repr(slide.shapes_key)
         for slide, result in zip(slides, predictions, strict=True)
-        if result.ood is not None and result.ood.verdict == "new"
+        if declared_known and result.ood is not None and result.ood.verdict == "new"
     ]
     if new:
         warnings.warn(
@@ -363,8 +352,6 @@ def _predict_slide(
 
     from ..inference import predict as run
 
-    if isinstance(kept, KeptFeatures):
-        how = kept.as_encoded(how)
     parts = parts_of(slide, model, how)
     reader, dense = parts[0].reader, is_interpolated(parts)
     options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "tta": how.tta}
@@ -380,17 +367,11 @@ def _predict_slide(
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:
     """Describe the slides: plain values for one slide, mappings from shapes elements to values for several."""
-    values: tuple[list[Any], ...] = (
-        [slide.image_key for slide in slides],
-        [slide.coordinate_system for slide in slides],
-        list(levels),
-        [slide.mpp for slide in slides],
-        [slide.mpp_source for slide in slides],
-        [len(slide.spot_ids) for slide in slides],
-        [int((~slide.inside).sum()) for slide in slides],
-    )
-    facts = dict(zip(REGION_FACTS, values, strict=True))
-    if len(slides) == 1:
-        return {"shapes": slides[0].shapes_key, **{name: values[0] for name, values in facts.items()}}
-    regions = [slide.shapes_key for slide in slides]
-    return {"shapes": regions, **{name: dict(zip(regions, values, strict=True)) for name, values in facts.items()}}
+    facts = {}
+    for s, level in zip(slides, levels, strict=True):
+        n, n_outside = len(s.spot_ids), int((~s.inside).sum())
+        facts[s.shapes_key] = s.image_key, s.coordinate_system, level, s.mpp, s.mpp_source, n, n_outside
+    if len(facts) == 1:
+        return {"shapes": slides[0].shapes_key, **dict(zip(REGION_FACTS, *facts.values(), strict=True))}
+    by_fact = zip(REGION_FACTS, zip(*facts.values(), strict=True), strict=True)
+    return {"shapes": list(facts), **{name: dict(zip(facts, values, strict=True)) for name, values in by_fact}}
