@@ -23,7 +23,6 @@ from ..tl._interval_ends import (
     adapted_intervals,
     calibration_intervals,
     check_by,
-    check_coverage,
     find_adaptation,
     model_intervals,
 )
@@ -173,7 +172,7 @@ def _check_coverages(coverages: Any) -> np.ndarray:
     if not coverages:
         raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
     for coverage in coverages:
-        check_coverage(coverage, "coverages")
+        validate.in_range(coverage, "coverages", above=0, below=1)
     return np.asarray(coverages, float)
 
 

@@ -108,13 +108,7 @@ def qc(
     )
     with logs.silence("spatialdata._logging"):
         sq.experimental.im.qc_image(
-            reduced,
-            "image",
-            tile_size=(side, side),
-            tissue_mask_key="tissue",
-            progress=False,
-            preview=False,
-            **kwargs,
+            reduced, "image", tile_size=(side, side), tissue_mask_key="tissue", progress=False, preview=False, **kwargs
         )
     table = reduced.tables["qc_img_image"]
     frame = table.to_df().assign(unfocus_score=table.obs["unfocus_score"].to_numpy(float))

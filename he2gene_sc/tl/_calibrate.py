@@ -249,7 +249,6 @@ def calibrate(
         warnings.warn(
             f"`data`: {len(names)} of {unit!r}; with fewer than {MIN_GROUPS} the coverage of the intervals is not guaranteed for "
             "a new one, and is often below the nominal value",
-            UserWarning,
             stacklevel=2,
         )
     all_spots, parts, detected, means = np.ones(len(codes), bool), [], [], []
@@ -344,7 +343,6 @@ def _warn_of_origin(calibration: Calibration, table: AnnData, layer: str) -> Non
         warnings.warn(
             f"`data`: {calibration.unit}s {validate.format_list(known)} were used for the `calibration`: the intervals cover more "
             "there than in new ones, so coverage measured there is optimistic; leave them out of `data` or of the calibration",
-            UserWarning,
             stacklevel=4,
         )
     digest = model_digest(table, layer)
@@ -352,7 +350,6 @@ def _warn_of_origin(calibration: Calibration, table: AnnData, layer: str) -> Non
         warnings.warn(
             f"`layer` {layer!r} was predicted by another model than that of the `calibration`, so its residuals do not apply and the "
             "coverage is unknown; calibrate again: hg.tl.calibrate(data, layer=...)",
-            UserWarning,
             stacklevel=4,
         )
 
@@ -374,6 +371,5 @@ def warn_of_level(calibration: Calibration, means: np.ndarray, positions: np.nda
         f"`layer` {layer!r} has on average {ratio:.2f} times the values of the slides of the `calibration`, whose {calibration.unit}s "
         f"have {low:.2f} to {high:.2f} times: another scale (logarithms to base 2: 1.44 times, to base 10: 0.43) or another model, so "
         "the coverage is below the nominal value; convert the layer to that scale, or calibrate again",
-        UserWarning,
         stacklevel=3,
     )

@@ -178,7 +178,6 @@ def shared_spots(
         warnings.warn(
             f"`{parameter}`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
             "predicts and are left out under every protocol",
-            UserWarning,
             stacklevel=3,
         )
     return [pair[0].take(kept) for pair in taken], taken[0][1].take(kept)
@@ -193,7 +192,6 @@ def _warn_of_shared(pairs: Sequence[tuple[SpotData, SpotData]], truth: SpotData,
     if lost:
         warnings.warn(
             f"`layers` predict different spots or genes; they are compared on those that all predict: {' and '.join(lost)}",
-            UserWarning,
             stacklevel=3,
         )
 

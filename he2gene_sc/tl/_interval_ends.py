@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: The intervals of genes detected in a smaller share of the training spots mean "not detected".
 RARE_SHARE = 0.2
+#: Residuals that an argument `by` needs, and that models or calibrations of older versions do not have.
+_NEEDED = {"detected": "of the spots that express a gene", "level": "by predicted level"}
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,6 @@ class AdaptedIntervals:
         return predicted + self.lower[genes], predicted + self.upper[genes]
 
 
-def check_coverage(coverage: object, parameter: str = "coverage") -> None:
-    """Raise unless the value is between 0 and 1."""
-    if isinstance(coverage, bool) or not isinstance(coverage, int | float | np.number) or not 0 < coverage < 1:
-        raise ValueError(f"`{parameter}` is {coverage!r}; a number between 0 and 1 is needed, such as 0.9")
-
-
 def check_by(by: object) -> None:
     """Raise unless residuals can be grouped by ``by``."""
     if by not in ("annotation", "detected", "level", None):
@@ -117,7 +113,6 @@ def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int)
         warnings.warn(
             "`by` is 'detected', but an adapted layer has no residuals of the spots that express a gene. The intervals are those of "
             "all spots, so they cover fewer of the expressing spots; use the layer of the prediction, or by=None",
-            UserWarning,
             stacklevel=3,
         )
     if "residual_quantiles" not in record:
@@ -157,7 +152,7 @@ def _check_measured(
         f"{int(adapted.sum()):,} adapted genes were measured at fewer"
     )
     if known.any():
-        warnings.warn(f"`coverage`: {message} and get no interval", UserWarning, stacklevel=4)
+        warnings.warn(f"`coverage`: {message} and get no interval", stacklevel=4)
         return
     finite = levels[np.isfinite(quantiles[:, adapted]).any(1)]
     most = 1 - 2 * max(finite.min(), 1 - finite.max())
@@ -182,40 +177,36 @@ def model_intervals(
             "sections and validation='grouped'"
         )
     wanted = match_genes(model, table, None, symbols_of(table, record, gene_symbols))
-    arrays = _CalibrationArrays(
+    residuals = _Residuals(
         f"model {model.name!r}",
         model.tensors,
         np.asarray(facts["levels"]),
         facts["max_coverage"],
         model.genes["detected"].to_numpy(float) if "detected" in model.genes else None,
         "train it again with hg.tl.train, calibrate on measured slides with hg.tl.calibrate, or use by='annotation'",
+        wanted.columns,
+        wanted.positions,
     )
     class_specific = [bool(n.any()) and by == "annotation" for n in model.tensors["intervals.groups"][1:]]
     codes = np.zeros(table.n_obs, int)
     if by == "annotation" and model.card.classes and keys.annotation not in table.obs:
         warnings.warn(
             f"`by` is 'annotation', but obs[{keys.annotation!r}], which hg.tl.predict wrote, is missing: intervals are those of all spots",
-            UserWarning,
             stacklevel=4,
         )
     used = [specific and keys.annotation in table.obs for specific in class_specific]
     if any(used):
         codes = pd.Index(model.card.classes).get_indexer(table.obs[keys.annotation].astype(object)) + 1
-    intervals = _intervals_from(arrays, coverage, by, class_specific, wanted.columns, wanted.positions, table.n_vars)
-    return replace(
-        intervals,
-        codes=codes,
-        known=intervals.known & table.var[keys.predicted].to_numpy(bool),
-        facts={
-            **intervals.facts,
-            "unit": facts["unit"],
-            "n_groups": int(facts["n_groups"]),
-            "by": by if by in ("detected", "level") else "annotation" if any(used) else "none",
-            "classes": [name for name, is_used in zip(model.card.classes, used, strict=True) if is_used],
-            "model": model.name,
-            "weights_sha256": model.weights_sha256,
-        },
-    )
+    own_facts = {
+        "unit": facts["unit"],
+        "n_groups": int(facts["n_groups"]),
+        "by": by if by in ("detected", "level") else "annotation" if any(used) else "none",
+        "classes": [name for name, is_used in zip(model.card.classes, used, strict=True) if is_used],
+        "model": model.name,
+        "weights_sha256": model.weights_sha256,
+    }
+    intervals = _intervals_from(residuals, coverage, by, class_specific, codes, own_facts, table.n_vars)
+    return replace(intervals, known=intervals.known & table.var[keys.predicted].to_numpy(bool))
 
 
 def calibration_intervals(
@@ -236,120 +227,120 @@ def calibration_intervals(
         warnings.warn(
             f"`data` lacks {n_absent:,} of {len(calibration.genes):,} genes of the `calibration`: their counts are missing in the "
             "library sizes, so the intervals do not fit the normalised values; keep these genes in `data`",
-            UserWarning,
             stacklevel=3,
         )
-    residuals = calibration.residuals.tensors()
-    arrays = _CalibrationArrays(
-        "`calibration`", residuals, LEVELS, MAX_COVERAGE, calibration.detected, "make it again with hg.tl.calibrate"
+    residuals = _Residuals(
+        "`calibration`",
+        calibration.residuals.tensors(),
+        LEVELS,
+        MAX_COVERAGE,
+        calibration.detected,
+        "make it again with hg.tl.calibrate",
+        columns,
+        positions[columns],
     )
-    intervals = _intervals_from(arrays, coverage, by, [], columns, positions[columns], table.n_vars)
-    return replace(
-        intervals,
-        codes=np.zeros(table.n_obs, int),
-        facts={
-            **intervals.facts,
-            "unit": calibration.unit,
-            "n_groups": len(calibration.groups),
-            "by": by if by in ("detected", "level") else "none",
-            "classes": [],
-        },
-    )
+    facts = {
+        "unit": calibration.unit,
+        "n_groups": len(calibration.groups),
+        "by": by if by in ("detected", "level") else "none",
+        "classes": [],
+    }
+    return _intervals_from(residuals, coverage, by, [], np.zeros(table.n_obs, int), facts, table.n_vars)
 
 
 @dataclass(frozen=True)
-class _CalibrationArrays:
-    """Residual quantiles, with the names of a model folder, and the share of spots that detect each gene."""
+class _Residuals:
+    """Residual quantiles, with the names of a model folder, and the genes that are read from them."""
 
     name: str
     tensors: Mapping[str, np.ndarray]
     levels: np.ndarray
     max_coverage: float
-    detected: np.ndarray | None
+    detected: np.ndarray | None  # share of spots that detect each gene
     remedy: str
+    columns: np.ndarray  # of the table
+    positions: np.ndarray  # of the same genes in the arrays
+
+    def read(self, *names: str) -> list[np.ndarray]:
+        """Return arrays, for the genes."""
+        return [self.tensors[f"intervals.{name}"][..., self.positions] for name in names]
+
+    def placed(self, values: np.ndarray, n_vars: int) -> np.ndarray:
+        """Return values ``(…, g)`` in the columns of a table ``(…, n_vars)``, NaN for other genes."""
+        out = np.full((*values.shape[:-1], n_vars), np.nan, np.float32)
+        out[..., self.columns] = values
+        return out
 
 
 def _intervals_from(
-    arrays: _CalibrationArrays,
+    residuals: _Residuals,
     coverage: float,
     by: str | None,
     class_specific: Sequence[bool],
-    columns: np.ndarray,
-    positions: np.ndarray,
+    codes: np.ndarray,
+    facts: dict[str, Any],
     n_vars: int,
 ) -> ModelIntervals:
-    """Return intervals with the scores and spread of the genes at ``positions``, in ``columns`` of a table."""
-    from ..stats import half_scores
-
-    if not arrays.levels[0] <= coverage <= arrays.max_coverage:
-        raise ValueError(
-            f"`coverage` is {coverage}; the quantiles of {arrays.name} are for {arrays.levels[0]:g} to {arrays.max_coverage:g}"
-        )
-    spread = np.full((2, n_vars), np.nan, np.float32)
-    spread[:, columns] = arrays.tensors["intervals.spread"][:, positions]
-    rare = None
-    if arrays.detected is not None:
-        rare = np.zeros(n_vars, bool)
-        rare[columns] = arrays.detected[positions] < RARE_SHARE
-    if by == "level":
-        return _intervals_by_level(arrays, coverage, columns, positions, spread, rare)
-    quantiles, groups = arrays.tensors["intervals.quantiles"], arrays.tensors["intervals.groups"]
-    by_class = [half_scores(q, n, coverage, arrays.levels) for q, n in zip(quantiles, groups, strict=True)]
-    pooled, guaranteed = by_class[0]
-    if by == "detected":
-        if "intervals.detected" not in arrays.tensors:
-            raise ValueError(
-                f"`by` is 'detected', but {arrays.name} has no residuals of the spots that express a gene; {arrays.remedy}"
-            )
-        detected, detected_groups = arrays.tensors["intervals.detected"], arrays.tensors["intervals.detected_groups"]
-        score, is_guaranteed = half_scores(detected, detected_groups, coverage, arrays.levels)
-        pooled, guaranteed = np.fmax(pooled, score), guaranteed & is_guaranteed
-        by_class[0] = pooled, guaranteed
-    scores = np.full((len(by_class), n_vars), np.nan, np.float32)
-    for i, (score, is_guaranteed) in enumerate(by_class):
-        is_specific = i == 0 or class_specific[i - 1]
-        own = score if is_specific else pooled
-        scores[i, columns] = np.where(np.isfinite(own), own, pooled)[positions]
-        guaranteed = guaranteed & is_guaranteed if is_specific else guaranteed
-    facts = _guarantee(guaranteed[positions], coverage)
-    return ModelIntervals(scores, spread, np.zeros(0, int), np.isfinite(scores[0]), facts, rare)
-
-
-def _guarantee(guaranteed: np.ndarray, level: float) -> dict[str, Any]:
-    """Return the guarantee and the number of groups that it needs."""
+    """Return intervals with the scores and spread of the genes of a table; ``facts`` are completed by the guarantee."""
     from ..stats import MIN_GROUPS
 
-    needed = max(MIN_GROUPS, int(np.ceil(level / (1 - level) - 1e-9)))
-    return {"guarantee": "hierarchical" if guaranteed.all() else "none", "n_groups_needed": needed}
+    if not residuals.levels[0] <= coverage <= residuals.max_coverage:
+        raise ValueError(
+            f"`coverage` is {coverage}; the quantiles of {residuals.name} are for {residuals.levels[0]:g} to "
+            f"{residuals.max_coverage:g}"
+        )
+    if by in _NEEDED and not any(name.startswith(f"intervals.{by}") for name in residuals.tensors):
+        raise ValueError(f"`by` is {by!r}, but {residuals.name} has no residuals {_NEEDED[by]}; {residuals.remedy}")
+    edges, level = None, coverage
+    if by == "level":
+        level = (1 + coverage) / 2
+        found, guaranteed = _scores_by_level(residuals, level)
+        edges = residuals.placed(*residuals.read("level_edges"), n_vars)
+    else:
+        found, guaranteed = _scores_by_class(residuals, coverage, by, class_specific)
+    scores = residuals.placed(found, n_vars)
+    known = np.isfinite(scores.max(axis=(0, 1)) if by == "level" else scores[0])
+    rare = None
+    if residuals.detected is not None:
+        rare = residuals.placed(residuals.detected[residuals.positions], n_vars) < RARE_SHARE
+    n_needed = max(MIN_GROUPS, int(np.ceil(level / (1 - level) - 1e-9)))
+    guarantee = {"guarantee": "hierarchical" if guaranteed.all() else "none", "n_groups_needed": n_needed}
+    spread = residuals.placed(*residuals.read("spread"), n_vars)
+    return ModelIntervals(scores, spread, codes, known, guarantee | facts, rare, edges)
 
 
-def _intervals_by_level(
-    arrays: _CalibrationArrays,
-    coverage: float,
-    columns: np.ndarray,
-    positions: np.ndarray,
-    spread: np.ndarray,
-    rare: np.ndarray | None,
-) -> ModelIntervals:
-    """Return intervals with scores below and above by predicted level; each side may miss half of the values outside."""
+def _scores_by_class(
+    residuals: _Residuals, coverage: float, by: str | None, class_specific: Sequence[bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores of all spots and of each class ``(1 + c, g)``, and whether the coverage of a gene is guaranteed."""
+    from ..stats import half_scores
+
+    quantiles, groups = residuals.read("quantiles", "groups")
+    (pooled, guaranteed), *by_class = (
+        half_scores(q, n, coverage, residuals.levels) for q, n in zip(quantiles, groups, strict=True)
+    )
+    if by == "detected":
+        detected, groups = residuals.read("detected", "detected_groups")
+        score, is_guaranteed = half_scores(detected, groups, coverage, residuals.levels)
+        pooled, guaranteed = np.fmax(pooled, score), guaranteed & is_guaranteed
+    scores = [pooled]
+    for (score, is_guaranteed), is_specific in zip(by_class, class_specific, strict=True):
+        scores.append(np.where(np.isfinite(score), score, pooled) if is_specific else pooled)
+        guaranteed = guaranteed & is_guaranteed if is_specific else guaranteed
+    return np.stack(scores), guaranteed
+
+
+def _scores_by_level(residuals: _Residuals, tail: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return scores below and above by predicted level ``(2, b, g)``, and whether the coverage of a gene is guaranteed."""
     from ..stats import TAILS, half_scores
 
-    names = [f"intervals.level_{name}" for name in ("quantiles", "groups", "edges")]
-    if not arrays.tensors.keys() >= set(names):
-        raise ValueError(f"`by` is 'level', but {arrays.name} has no residuals by predicted level; {arrays.remedy}")
-    quantiles, groups, upper_ends = (arrays.tensors[name][..., positions] for name in names)
-    tail = (1 + coverage) / 2
-    scores = np.full((2, max(len(groups) - 1, 1), spread.shape[1]), np.nan, np.float32)
-    guaranteed = np.ones(len(positions), bool)
-    for side in (0, 1):
+    quantiles, groups = residuals.read("level_quantiles", "level_groups")
+    scores, guaranteed = [], np.ones(len(residuals.positions), bool)
+    for side in quantiles:
         (pooled, pooled_guaranteed), *levels = (
-            half_scores(q, n, tail, TAILS) for q, n in zip(quantiles[side], groups, strict=True)
+            half_scores(q, n, tail, TAILS) for q, n in zip(side, groups, strict=True)
         )
-        for i, (score, is_guaranteed) in enumerate(levels):
-            has_score = np.isfinite(score)
-            scores[side, i, columns] = np.where(has_score, score, pooled)
-            guaranteed &= np.where(has_score, is_guaranteed, pooled_guaranteed)
-    edges = np.full((len(upper_ends), spread.shape[1]), np.nan, np.float32)
-    edges[:, columns] = upper_ends
-    known = np.isfinite(scores.max(axis=(0, 1)))
-    return ModelIntervals(scores, spread, np.zeros(0, int), known, _guarantee(guaranteed, tail), rare, edges)
+        scores.append([np.where(np.isfinite(score), score, pooled) for score, _ in levels])
+        for score, is_guaranteed in levels:
+            guaranteed &= np.where(np.isfinite(score), is_guaranteed, pooled_guaranteed)
+    return np.array(scores), guaranteed

@@ -29,7 +29,6 @@ from ._interval_ends import (
     adapted_intervals,
     calibration_intervals,
     check_by,
-    check_coverage,
     find_adaptation,
     model_intervals,
 )
@@ -132,7 +131,7 @@ def intervals(
     'none'
     """
     validate.arguments(intervals, locals())
-    check_coverage(coverage)
+    validate.in_range(coverage, "coverage", above=0, below=1)
     check_by(by)
     adapted: Mapping[str, Any] | None = None
     if calibration is not None:
@@ -171,7 +170,6 @@ def intervals(
             f"the two layers need {n_bytes / 2**20:,.3g} MiB, more than hg.settings.memory_limit "
             f"({settings.memory_limit / 2**20:,.3g} MiB): only var[{names['halfwidth']!r}] is written; raise the limit, or subset "
             "the genes first",
-            UserWarning,
             stacklevel=2,
         )
     known = np.flatnonzero(source.known)
@@ -198,7 +196,6 @@ def intervals(
             warnings.warn(
                 f"{int(rare.sum()):,} of {int(source.known.sum()):,} genes were detected in fewer than {RARE_SHARE:.0%} of the "
                 f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{names['rarely_detected']!r}] marks them",
-                UserWarning,
                 stacklevel=2,
             )
     write_result(

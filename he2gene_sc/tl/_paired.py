@@ -79,7 +79,6 @@ def warn_of_training_sections(spots: SpotData, parameter: str, consequence: str,
         models = ", ".join(sorted(set(trained.values())))
         warnings.warn(
             f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so {consequence}; leave these sections out",
-            UserWarning,
             stacklevel=stacklevel,
         )
 

@@ -271,14 +271,7 @@ def predict(
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
     stacked = StackedPredictions.collect(
-        slides,
-        predictions,
-        wanted,
-        model,
-        keys,
-        record,
-        known_patient=is_known,
-        lazy=lazy,
+        slides, predictions, wanted, model, keys, record, known_patient=is_known, lazy=lazy
     )
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
@@ -326,7 +319,6 @@ def _warn_of_slides(
             f"out of distribution, unlike what the model was trained on: {', '.join(reasons)}. Check the tissue, the stain (H&E, not "
             "fluorescence or IHC), the µm/px, and that the spots are on tissue, not on blank glass. If all are right, do not trust "
             "this prediction: its spots are not annotated, and no gene is called reliable",
-            UserWarning,
             stacklevel=3,
         )
     new = [
@@ -339,7 +331,6 @@ def _warn_of_slides(
             f"`known_patient` is True, but {', '.join(new)} looks like a new patient. If it is one, fewer genes are reliable than "
             f"var[{keys.reliable!r}] marks. Compare the patients on the card of the model with yours, or predict with "
             "known_patient=False",
-            UserWarning,
             stacklevel=3,
         )
 

@@ -358,7 +358,4 @@ def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None
                 "`held_out` is not given, and the model was not trained with them. Pass slides that were predicted and measured, "
                 "of patients that the model was not trained on: hg.tl.programmes(data, net, held_out=slides)"
             )
-        warnings.warn(
-            f"the accuracy of the score of {names} is unknown, and none is reliable: {reason}",
-            stacklevel=3,
-        )
+        warnings.warn(f"the accuracy of the score of {names} is unknown, and none is reliable: {reason}", stacklevel=3)

@@ -170,11 +170,7 @@ def align_expression(
 
 
 def _select_spots(
-    layer: EvaluatedLayer,
-    section: np.ndarray,
-    has_prediction: np.ndarray,
-    has_counts: np.ndarray,
-    fitted: np.ndarray,
+    layer: EvaluatedLayer, section: np.ndarray, has_prediction: np.ndarray, has_counts: np.ndarray, fitted: np.ndarray
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Return spots with both values that the layer was not fitted on, in large sections; and the number of others."""
     both = has_prediction & has_counts

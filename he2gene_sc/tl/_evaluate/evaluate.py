@@ -232,7 +232,6 @@ def evaluate(
     if np.isnan(aligned.mean).all() and not is_other:
         warnings.warn(
             "the training means of the genes are unknown, so skill is NaN: predict again, or name the `model`",
-            UserWarning,
             stacklevel=2,
         )
     left_out["genes constant on either side, pooled"] = int(

@@ -118,9 +118,7 @@ def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
         f"{name} ({len(weights.get(name, ()))} of {len(named[name])})" for name in named if name not in sets
     ]:
         logger.warning(
-            "programmes: sets with fewer than %d genes in the model are left out: %s",
-            MIN_GENES,
-            format_list(left_out),
+            "programmes: sets with fewer than %d genes in the model are left out: %s", MIN_GENES, format_list(left_out)
         )
     return Programmes(sets, membership(sets, genes)) if sets else None
 
