@@ -4,8 +4,7 @@ from ._settings import settings
 from .inference._lazyslide import LazySlideModel
 from .tl._biomarkers.design import Design
 from .tl._calibrate import Calibration
-from .tl._train.options import CardText, Classes, GeneSelection, SectionKeys
-from .tl._train.recipes import DefaultRecipe, PaperRecipe
+from .tl._train.options import CardText, Classes, DefaultRecipe, GeneSelection, PaperRecipe, SectionKeys
 
 __version__: str
 

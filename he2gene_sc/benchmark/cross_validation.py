@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._core.matrix import dense, matrix_of
-from ..tl._train.options import Classes, GeneSelection, TrainingKeys
-from ..tl._train.recipes import PRESETS, WINDOWS_UM
+from ..tl._train.options import PRESETS, WINDOWS_UM, Classes, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -180,7 +179,7 @@ def _read(
     from ..models import load_encoder
     from ..models._encoders.load import encoder_sha256
     from ..models._network import FeatureExtractor
-    from ..tl._train.default import encode_section
+    from ..tl._train.fit import encode_section
     from ..tl._train.measured import join, read_sections
 
     resolved = resolve_device("auto" if device is None else device)

@@ -13,8 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .._core import validate
 from .._core.validate import suggest
 from ..models._schema import explain
-from ..tl._train.options import CardText, Classes, GeneSelection, SectionKeys
-from ..tl._train.recipes import PRESETS, DefaultRecipe, PaperRecipe
+from ..tl._train.options import PRESETS, CardText, Classes, DefaultRecipe, GeneSelection, PaperRecipe, SectionKeys
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -6,7 +6,7 @@ from anndata import AnnData
 import he2gene_sc as hg
 from he2gene_sc._core.genes import columns_of, current_symbols, find_genes, previous_symbols
 from he2gene_sc._core.model_genes import match_genes
-from he2gene_sc.tl._train.gene_lists import common_names
+from he2gene_sc.tl._train.names import common_names
 from tests.helpers.patients import pool
 
 RENAMED = {"SEPT2": "SEPTIN2", "H2AFZ": "H2AZ1", "MARCH7": "MARCHF7", "H1F0": "H1-0", "ATP5B": "ATP5F1B"}

@@ -298,7 +298,8 @@ def element(kind):
 @pytest.mark.parametrize("function", ["tissue", "grid", "qc", "normalize_stains"])
 def test_elements_of_the_user_are_refused(toy, monkeypatch, kind, name, function):
     getattr(toy, kind)[name] = element(kind)
-    monkeypatch.setattr(f"he2gene_sc.pp._{function}.pyramid_of", pytest.fail)
+    for module in ("tissue", "grid", "quality"):
+        monkeypatch.setattr(f"he2gene_sc.pp._{module}.pyramid_of", pytest.fail)
     monkeypatch.setattr("he2gene_sc.pp._tissue.read_thumbnail", pytest.fail)
     call = getattr(hg.pp, function)
     call = partial(call, reference=toy) if function == "normalize_stains" else call

@@ -46,8 +46,8 @@ from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, pearson
-from he2gene_sc.tl._train.default import encode_section
-from he2gene_sc.tl._train.recipes import WINDOWS_UM
+from he2gene_sc.tl._train.fit import encode_section
+from he2gene_sc.tl._train.options import WINDOWS_UM
 
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.

@@ -33,10 +33,9 @@ from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import pearson
-from he2gene_sc.tl._train.default import _COLOUR_SHARE, _SYMMETRIES
+from he2gene_sc.tl._train.fit import _COLOUR_SHARE, _SYMMETRIES
 from he2gene_sc.tl._train.measured import join, read_sections
-from he2gene_sc.tl._train.options import TrainingKeys
-from he2gene_sc.tl._train.recipes import WINDOWS_UM
+from he2gene_sc.tl._train.options import WINDOWS_UM, TrainingKeys
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form.heads import embed, fit_basis, fit_sums
 from he2gene_sc.training._closed_form.validate import panels

@@ -357,9 +357,8 @@ def test_workers_need_a_folder_a_running_client_and_an_image_that_they_can_read(
 
 
 def test_a_resumed_run_only_reads_the_pixels_that_it_needs(toy, tiny_model, monkeypatch):
-    reader = parts_of(
-        resolve(toy)[0], tiny_model, Encoding.checked(tiny_model, "cpu", False, True, {"batch_size": 5})
-    )[0].reader
+    how = Encoding.checked(tiny_model, "cpu", False, True, {"batch_size": 5})
+    reader = parts_of(resolve(toy)[0], tiny_model, how)[0].reader
     expected = list(reader)
     found = list(reader.read_batches([1, 4]))
     assert len(found) == 2

@@ -544,7 +544,7 @@ def test_missing_labels_in_all_spots_give_a_warning(caplog):
 def test_a_list_of_sections_is_checked_before_encoding(monkeypatch, spoil, match):
     parts = toys()
     options = spoil(parts) or {}
-    monkeypatch.setattr("he2gene_sc.tl._train.default.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    monkeypatch.setattr("he2gene_sc.tl._train.fit.encode_section", lambda *_: pytest.fail("a section was encoded"))
     assert_raises(parts, match, annotation_key="annotation", **options)
 
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-
 #: Data that each predictor has seen, also of the slide that it is compared on.
 SEEN = {
     MODEL: "the image; expression of its training sections",

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from ...models import HE2Gene
 
-
 #: Name of the prediction in the tables of an evaluation; an adapted layer keeps its own name.
 MODEL = "he2gene"
 

@@ -15,9 +15,8 @@ import pandas as pd
 from ..._core.logs import logger
 from ..._core.names import check_spelling
 from ...image._geometry import MIN_PX
-from .gene_lists import check_gene_lists
-from .labels import check_labels, check_merged
 from .measured import DUPLICATE_NAME, MIN_SPOTS, MeasuredSection, check_table, read_sections
+from .names import check_gene_lists, check_labels, check_merged
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

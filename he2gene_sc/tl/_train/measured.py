@@ -20,8 +20,7 @@ from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
 from .._known import image_facts
-from .gene_lists import check_gene_lists, common_names, gene_names
-from .labels import clean_labels, code_classes
+from .names import check_gene_lists, clean_labels, code_classes, common_names, gene_names
 from .options import Classes, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:

@@ -13,9 +13,19 @@ from ..._core import validate
 from ..._core.logs import logger
 from ..._settings import settings
 from .arguments import check_window_pixels, identifiers, read_all
-from .gene_lists import symbols_of
-from .options import MIN_SPOT_SHARE, CardText, Classes, GeneSelection, Plan, SectionKeys, TrainingKeys
-from .recipes import DefaultRecipe, PaperRecipe, recipe_of
+from .names import symbols_of
+from .options import (
+    MIN_SPOT_SHARE,
+    CardText,
+    Classes,
+    DefaultRecipe,
+    GeneSelection,
+    PaperRecipe,
+    Plan,
+    SectionKeys,
+    TrainingKeys,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -125,6 +135,7 @@ def train(
     from ...models import load_encoder
     from ...models._encoders.local import local_path
     from ...models._encoders.scale import describe_tiles, warn_of_scale
+    from .fit import train_by_gradient, train_default
 
     recipe = recipe_of(preset)
     keys = _or_default(keys, SectionKeys, "keys")
@@ -177,14 +188,7 @@ def train(
             cache=work if folder is None else folder,
         )
         sections = check_window_pixels(read_all(sdatas, columns, symbols, genes, classes), windows_um)
-        if isinstance(recipe, PaperRecipe):
-            from .network import train_by_gradient
-
-            model = train_by_gradient(sections, plan)
-        else:
-            from .default import train_default
-
-            model = train_default(sections, plan)
+        model = (train_by_gradient if isinstance(recipe, PaperRecipe) else train_default)(sections, plan)
     if named:
         return replace(model, allow_encoder_source=True)
     return replace(model, encoder=encoder if isinstance(encoder, tuple) else (network, spec))
