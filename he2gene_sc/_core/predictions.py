@@ -67,6 +67,12 @@ def prediction_of(table: AnnData, layer: str | None) -> str | None:
     return layer if has_columns or layer == Keys().layer else None
 
 
+def record_of_layer(table: AnnData, layer: str | None) -> Mapping[str, Any]:
+    """Return what predict recorded of a layer, or of the layer that it was adapted from; empty for other layers."""
+    record = table.uns.get(prediction_of(table, layer) or "")
+    return record if is_prediction(record) else {}
+
+
 def source_layer(table: AnnData, layer: str) -> tuple[str, list[str]]:
     """Return the layer that a layer was adapted from (itself if not adapted), and the adapted layers, last first."""
     steps: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +13,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.keys import OWN_TABLE, Keys, check_key
 from .._core.lazy import is_large
-from .._core.matrix import dense, matrix_of
+from .._core.matrix import dense, in_columns, matrix_of
 from .._core.ownership import check_free, is_prediction, is_record_of, recorded_keys
 from .._core.predictions import prediction_of
 from .._core.results import write_result
@@ -166,31 +165,31 @@ def adapt(
     _check_not_predicted(table, measured, counts, layer)
     columns = columns_of(table, predicted, layer, genes)
     inside = np.all(np.isfinite(predicted[:, columns]), axis=1)
-    truth = measured_of(table, measured, counts, measured_scale, columns, layer)
+    truth = measured_of(table, measured, counts, measured_scale, columns)
     truth[~inside] = np.nan
     spots = np.any(np.isfinite(truth), axis=1)
     _check_not_adapted(table, layer, spots)
     sections = sections_of(table, section_key)
     rows = rows_of(truth, sections, inside)
-    if keys.annotation not in table.obs and keys.annotation in recorded_keys(keys.uns, table.uns.get(keys.uns)).get(
-        "obs", ()
-    ):
+    classes = None
+    if keys.annotation in table.obs:
+        classes = pd.Categorical(table.obs[keys.annotation].astype(object))
+    elif keys.annotation in recorded_keys(keys.uns, table.uns.get(keys.uns)).get("obs", ()):
         warnings.warn(
             f"obs[{keys.annotation!r}], which hg.tl.predict wrote, is missing: the correction is not limited in classes without "
             "measured spots; keep the column, or predict again",
             stacklevel=2,
         )
-    adapted = _adapt_sections(table, predicted, truth, columns, rows, keys, seed)
-    mean_support = {name: _mean_support(adapted.support[own], spots[own]) for name, own in rows.items()}
-    _warn_of_unrepresented(adapted.support, spots, _classes(table, keys), rows)
-    quantiles = np.full((len(RESIDUAL_LEVELS), table.n_vars), np.nan, np.float32)
-    quantiles[:, columns] = residual_quantiles(adapted.residuals)
-    gain = np.full(table.n_vars, np.nan, np.float32)
-    gain[columns] = adapted.gain
-    detected = np.full(table.n_vars, np.nan, np.float32)
+    expression, residuals, support, gain, weights = _adapt_sections(
+        table, predicted, truth, columns, rows, keys, classes, seed
+    )
+    _warn_of_unrepresented(support, spots, classes, rows)
     with np.errstate(invalid="ignore"):
-        detected[columns] = (truth > 0).sum(axis=0) / np.isfinite(truth).sum(axis=0)
-    n_measured = {name: int(np.isfinite(truth[own]).any(1).sum()) for name, own in rows.items()}
+        detected = (truth > 0).sum(axis=0) / np.isfinite(truth).sum(axis=0)
+    quantiles, gain, detected = (
+        in_columns(values, columns, table.n_vars) for values in (residual_quantiles(residuals), gain, detected)
+    )
+    others = ~spots & np.isfinite(support)
     write_result(
         table,
         "adapt",
@@ -206,33 +205,22 @@ def adapt(
         },
         facts={
             "sections": list(rows),
-            "n_measured": list(n_measured.values()),
-            "support": list(mean_support.values()),
+            "n_measured": [int(spots[own].sum()) for own in rows.values()],
+            "support": [float(support[own][others[own]].mean()) if others[own].any() else 1.0 for own in rows.values()],
             "measured_spots": measured_key,
-            "weights": adapted.weights,
+            "weights": weights,
             "residual_levels": RESIDUAL_LEVELS,
             "residual_quantiles": quantiles,
             "detected": detected,
             "guarantee": _GUARANTEE,
         },
-        layers={key_added: adapted.expression},
+        layers={key_added: expression},
         obs={
             measured_key: pd.Series(spots, index=table.obs_names),
-            support_key: pd.Series(adapted.support, index=table.obs_names),
+            support_key: pd.Series(support, index=table.obs_names),
         },
-        var={gain_key: pd.Series(gain, index=table.var_names)},
+        var={gain_key: gain},
     )
-
-
-@dataclass
-class _AdaptedTable:
-    """Results of all sections, in the rows of the table; see :class:`he2gene_sc.stats._adapt.Adapted`."""
-
-    expression: np.ndarray
-    residuals: np.ndarray
-    support: np.ndarray
-    gain: np.ndarray
-    weights: pd.DataFrame
 
 
 def _adapt_sections(
@@ -242,9 +230,10 @@ def _adapt_sections(
     columns: np.ndarray,
     rows: Mapping[str, np.ndarray],
     keys: Keys,
+    classes: pd.Categorical | None,
     seed: int,
-) -> _AdaptedTable:
-    """Adapt each section."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, pd.DataFrame]:
+    """Adapt each section; return expression, residuals and support of all spots, gain of each gene, and weights."""
     from ..stats import CANDIDATES, adapt
 
     used = np.sort(np.concatenate(list(rows.values())))
@@ -252,7 +241,6 @@ def _adapt_sections(
     # Spots without a prediction need no centre.
     xy[used] = spots_of(table[used])
     embedding = np.asarray(table.obsm[keys.embedding], np.float32) if keys.embedding in table.obsm else None
-    classes = _classes(table, keys)
     expression = np.full(table.shape, np.nan, np.float32)
     support = np.full(table.n_obs, np.nan, np.float32)
     residuals = np.full(truth.shape, np.nan, np.float32)
@@ -272,20 +260,7 @@ def _adapt_sections(
     with np.errstate(invalid="ignore", divide="ignore"):
         gain = reduction / total
     by_section = pd.DataFrame(weights, index=pd.Index(CANDIDATES)).T.reset_index(names="section")
-    return _AdaptedTable(expression, residuals, support, gain, by_section)
-
-
-def _classes(table: AnnData, keys: Keys) -> pd.Categorical | None:
-    """Return the predicted class of each spot."""
-    if keys.annotation not in table.obs:
-        return None
-    return pd.Categorical(table.obs[keys.annotation].astype(object))
-
-
-def _mean_support(support: np.ndarray, measured: np.ndarray) -> float:
-    """Return the mean support of spots that were not measured, 1 if there are none."""
-    others = support[~measured & np.isfinite(support)]
-    return float(others.mean()) if len(others) else 1.0
+    return expression, residuals, support, gain, by_section
 
 
 def _warn_of_unrepresented(
@@ -294,17 +269,13 @@ def _warn_of_unrepresented(
     """Warn if many spots are not represented by the measured spots."""
     others = ~measured & np.isfinite(support)
     unrepresented = others & (support < 0.5)
-    counts = {name: (int(unrepresented[own].sum()), int(others[own].sum())) for name, own in rows.items()}
-    counts = {
-        name: (n, total)
-        for name, (n, total) in counts.items()
-        if n >= max(_MIN_UNREPRESENTED, _UNREPRESENTED_SHARE * total)
-    }
-    if not counts:
+    where = []
+    for name, own in rows.items():
+        n, total = int(unrepresented[own].sum()), int(others[own].sum())
+        if n >= max(_MIN_UNREPRESENTED, _UNREPRESENTED_SHARE * total):
+            where.append(f"{n} of {total}" + (f" ({name!r})" if len(rows) > 1 else ""))
+    if not where:
         return
-    where = ", ".join(
-        f"{n} of {total}" + (f" ({name!r})" if len(rows) > 1 else "") for name, (n, total) in counts.items()
-    )
     unmeasured: list[str] = []
     if classes is not None:
         known = set(classes[measured].dropna())
@@ -313,7 +284,7 @@ def _warn_of_unrepresented(
         ]
     hint = f", also of class {', '.join(map(repr, unmeasured))}" if unmeasured else ""
     warnings.warn(
-        f"`measured`: the measured spots do not represent {where} others, which are far from them, look different or are of "
+        f"`measured`: the measured spots do not represent {', '.join(where)} others, which are far from them, look different or are of "
         f"another class; these keep most of their prediction; measure spots across the section{hint}",
         stacklevel=3,
     )

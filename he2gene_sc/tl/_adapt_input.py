@@ -13,7 +13,7 @@ from .._core import validate
 from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
 from .._core.matrix import layer_names, values_of
-from .._core.predictions import prediction_of, symbols_of
+from .._core.predictions import record_of_layer, symbols_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,8 +29,7 @@ def columns_of(table: AnnData, predicted: np.ndarray, layer: str, genes: Sequenc
     if isinstance(genes, str):
         raise ValueError(f"`genes` is {genes!r}; a list of genes is needed")
     genes = list(dict.fromkeys(validate.names(genes, "genes")))
-    key = prediction_of(table, layer)
-    columns = named_columns(table, genes, symbols_of(table, table.uns.get(key, {}), None))
+    columns = named_columns(table, genes, symbols_of(table, record_of_layer(table, layer), None))
     missing = [gene for gene, column in zip(genes, columns, strict=True) if column < 0 or not known[column]]
     if missing or not genes:
         raise ValueError(
@@ -46,16 +45,11 @@ def measured_of(
     counts: str | None,
     scale: Scale,
     columns: np.ndarray,
-    layer: str,
 ) -> np.ndarray:
     """Return measured expression ``(n_obs, genes)`` as logarithms, NaN where nothing was measured."""
     is_layer = isinstance(measured, str) and measured in table.layers
     if is_layer and measured in table.obs:
         raise ValueError(f"`measured` {measured!r} is the name of a layer and of a column of obs; rename one of them")
-    if is_layer and measured == layer:
-        raise ValueError(
-            f"`measured` {measured!r} is the prediction itself; a mask or a layer of measured values is needed"
-        )
     if is_layer and counts is not None:
         raise ValueError(
             f"`counts` is {counts!r}, but `measured` {measured!r} is already a layer; pass only one of them"

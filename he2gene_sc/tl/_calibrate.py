@@ -6,7 +6,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,8 +19,7 @@ from .._core import validate
 from .._core.expression import MAX_LOG, Scale, summarize_values
 from .._core.keys import PATIENT
 from .._core.names import clean_names
-from .._core.ownership import is_prediction
-from .._core.predictions import prediction_of
+from .._core.predictions import record_of_layer
 from ..stats import LEVELS, MIN_GROUPS
 from ..training._calibrate import Calibration as Residuals
 from ..training._calibrate import calibrate as residuals_of
@@ -34,9 +33,7 @@ if TYPE_CHECKING:
 #: Number of values in a block of genes.
 _BLOCK = 2**24
 _SCHEMA = 1
-_FACTS = ("layer", "layer_scale", "kinds", "unit", "groups", "n_spots")
-#: Facts that files of older versions do not have.
-_OPTIONAL_FACTS = ("spread", "models")
+_FACTS = ("layer", "layer_scale", "kinds", "unit", "groups", "n_spots", "spread", "models")
 #: A slide is on another scale if its level is this factor above or below that of every calibrated patient.
 _LEVEL_FACTOR = 1.25
 
@@ -107,18 +104,12 @@ class Calibration:
                 raise FileExistsError(
                     f"`path` {str(path)!r} exists and is not a calibration; choose another name, or delete the file first"
                 ) from None
-        facts = {name: getattr(self, name) for name in (*_FACTS, *_OPTIONAL_FACTS)} | {
-            "schema": _SCHEMA,
-            "levels": LEVELS.tolist(),
-        }
-        residuals = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
-        arrays: dict[str, Any] = {
-            name: array for name, array in (residuals | {"means": self.means}).items() if array is not None
-        }
+        facts = {name: getattr(self, name) for name in _FACTS} | {"schema": _SCHEMA, "levels": LEVELS.tolist()}
+        arrays = {f"residuals.{part.name}": getattr(self.residuals, part.name) for part in fields(Residuals)}
+        arrays |= {"genes": self.genes.to_numpy(str), "detected": self.detected, "means": self.means}
+        stored: dict[str, Any] = {name: array for name, array in arrays.items() if array is not None}
         buffer = BytesIO()
-        np.savez_compressed(
-            buffer, facts=np.array(json.dumps(facts)), genes=self.genes.to_numpy(str), detected=self.detected, **arrays
-        )
+        np.savez_compressed(buffer, facts=np.array(json.dumps(facts)), **stored)
         put_file(path, buffer.getvalue())
         return path
 
@@ -134,35 +125,21 @@ class Calibration:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            facts = json.loads(str(arrays["facts"]))
-            residuals = Residuals(
-                **{
-                    part.name: arrays[f"residuals.{part.name}"]
-                    for part in fields(Residuals)
-                    # Files of older versions have no residuals by predicted level.
-                    if part.default is MISSING or f"residuals.{part.name}" in arrays
-                }
-            )
-            genes, detected = pd.Index(arrays["genes"].astype(object)), arrays["detected"]
-            optional: dict[str, Any] = {name: tuple(facts[name]) for name in _OPTIONAL_FACTS if name in facts}
-            optional["means"] = arrays.get("means")
-            calibration = cls(
-                **{name: facts[name] for name in _FACTS},
-                genes=genes,
-                detected=detected,
-                residuals=residuals,
-                **optional,
-            )
-            widths = {array.shape[-1] for array in residuals.tensors().values()} | {len(detected)}
-            widths |= set() if calibration.means is None else {len(calibration.means)}
-            if (facts["schema"], facts["levels"], widths) != (_SCHEMA, LEVELS.tolist(), {len(genes)}):
+            facts = json.loads(str(arrays.pop("facts")))
+            versions = facts.pop("schema"), facts.pop("levels")
+            widths = {array.shape[-1] for name, array in arrays.items() if name != "residuals.spots"}
+            if versions != (_SCHEMA, LEVELS.tolist()) or len(widths) != 1:
                 raise ValueError("another version wrote it, or its arrays do not fit its genes")
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+            # Files of older versions lack some facts and arrays.
+            facts |= {name: tuple(facts[name]) for name in ("spread", "models") if name in facts}
+            residuals = {name.removeprefix("residuals."): arrays.pop(name) for name in [*arrays] if "." in name}
+            genes = pd.Index(arrays.pop("genes").astype(object))
+            return cls(genes=genes, residuals=Residuals(**residuals), **facts, **arrays)
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"`path` {str(path)!r} is not a calibration, or is damaged ({error}); make it again: "
                 "hg.tl.calibrate(data, layer=...).save(path)"
             ) from error
-        return calibration
 
 
 def calibrate(
@@ -291,8 +268,8 @@ def calibrate(
 
 def model_digest(table: AnnData, layer: str) -> str:
     """Return the digest of the model that predicted a layer; empty if it was not one of our models."""
-    record = table.uns.get(prediction_of(table, layer) or "", {})
-    return str(record.get("weights_sha256") or record.get("head") or "") if is_prediction(record) else ""
+    record = record_of_layer(table, layer)
+    return str(record.get("weights_sha256") or record.get("head") or "")
 
 
 def check_calibrated(calibration: Any, table: AnnData, values: Any, layer: str, model: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,22 @@ def import_decoupler(verb: str) -> Any:
 
 def read_net(net: Any) -> pd.DataFrame:
     """Read gene sets into the table that decoupler uses: ``source``, ``target`` and, if given, ``weight``."""
-    if isinstance(net, Mapping) and any(isinstance(genes, Mapping) for genes in net.values()):
-        weighted = {
-            name: genes if isinstance(genes, Mapping) else dict.fromkeys(validate.names(genes, "net", one=True), 1.0)
-            for name, genes in net.items()
-        }
-        rows = [(name, gene, weight) for name, genes in weighted.items() for gene, weight in genes.items()]
-        net = pd.DataFrame(rows, columns=["source", "target", "weight"])
-    elif isinstance(net, Mapping):
-        net = _net_of(net.items())
-    elif not isinstance(net, pd.DataFrame):
+    if not isinstance(net, Mapping | pd.DataFrame):
         path = Path(net).expanduser() if isinstance(net, str | Path) else None
         if path is None or not path.is_file():
             raise ValueError(
                 f"`net`: file {str(net)!r} does not exist; a DataFrame, a GMT file or a mapping of sets to genes is needed"
             )
         net = _read_gmt(path)
+    if isinstance(net, Mapping):
+        weighted = any(isinstance(genes, Mapping) for genes in net.values())
+        sets = {
+            name: genes if isinstance(genes, Mapping) else dict.fromkeys(validate.names(genes, "net", one=True), 1.0)
+            for name, genes in net.items()
+        }
+        rows = [(name, gene, weight) for name, genes in sets.items() for gene, weight in genes.items()]
+        net = pd.DataFrame(rows, columns=["source", "target", "weight"])
+        net = net if weighted else net.drop(columns="weight")
     if missing := [name for name in ("source", "target") if name not in net]:
         raise ValueError(f"`net` has no column {missing[0]!r}; 'source' (the set) and 'target' (the gene) are needed")
     if (twice := net.columns[net.columns.duplicated()].intersection(["source", "target", "weight"])).size:
@@ -65,13 +65,7 @@ def read_net(net: Any) -> pd.DataFrame:
     return net.reset_index(drop=True)
 
 
-def _net_of(sets: Iterable[tuple[str, Iterable[str]]]) -> pd.DataFrame:
-    """Return one row per set and gene."""
-    rows = [(name, gene) for name, genes in sets for gene in validate.names(genes, "net", one=True)]
-    return pd.DataFrame(rows, columns=["source", "target"])
-
-
-def _read_gmt(path: Path) -> pd.DataFrame:
+def _read_gmt(path: Path) -> dict[str, list[str]]:
     """Read a GMT file, split at tabs only: names of sets may contain spaces, and the description may be empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -90,7 +84,7 @@ def _read_gmt(path: Path) -> pd.DataFrame:
             raise ValueError(
                 f"`net`: {str(path)!r} has two sets called {name.strip()!r}, with different genes; rename one, or leave it out"
             )
-    return _net_of(sets.items())
+    return sets
 
 
 def name_genes(net: pd.DataFrame, genes: pd.Index) -> str:

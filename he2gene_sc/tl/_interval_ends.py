@@ -13,6 +13,7 @@ import pandas as pd
 
 from .._core.genes import find_genes
 from .._core.keys import Keys
+from .._core.matrix import in_columns
 from .._core.model_genes import match_genes
 from .._core.ownership import is_record_of
 from .._core.predictions import predicting_model, symbols_of
@@ -265,12 +266,6 @@ class _Residuals:
         """Return arrays, for the genes."""
         return [self.tensors[f"intervals.{name}"][..., self.positions] for name in names]
 
-    def placed(self, values: np.ndarray, n_vars: int) -> np.ndarray:
-        """Return values ``(…, g)`` in the columns of a table ``(…, n_vars)``, NaN for other genes."""
-        out = np.full((*values.shape[:-1], n_vars), np.nan, np.float32)
-        out[..., self.columns] = values
-        return out
-
 
 def _intervals_from(
     residuals: _Residuals,
@@ -291,21 +286,25 @@ def _intervals_from(
         )
     if by in _NEEDED and not any(name.startswith(f"intervals.{by}") for name in residuals.tensors):
         raise ValueError(f"`by` is {by!r}, but {residuals.name} has no residuals {_NEEDED[by]}; {residuals.remedy}")
+
+    def in_table(values: np.ndarray) -> np.ndarray:
+        return in_columns(values, residuals.columns, n_vars)
+
     edges, level = None, coverage
     if by == "level":
         level = (1 + coverage) / 2
         found, guaranteed = _scores_by_level(residuals, level)
-        edges = residuals.placed(*residuals.read("level_edges"), n_vars)
+        edges = in_table(*residuals.read("level_edges"))
     else:
         found, guaranteed = _scores_by_class(residuals, coverage, by, class_specific)
-    scores = residuals.placed(found, n_vars)
+    scores = in_table(found)
     known = np.isfinite(scores.max(axis=(0, 1)) if by == "level" else scores[0])
     rare = None
     if residuals.detected is not None:
-        rare = residuals.placed(residuals.detected[residuals.positions], n_vars) < RARE_SHARE
+        rare = in_table(residuals.detected[residuals.positions]) < RARE_SHARE
     n_needed = max(MIN_GROUPS, int(np.ceil(level / (1 - level) - 1e-9)))
     guarantee = {"guarantee": "hierarchical" if guaranteed.all() else "none", "n_groups_needed": n_needed}
-    spread = residuals.placed(*residuals.read("spread"), n_vars)
+    spread = in_table(*residuals.read("spread"))
     return ModelIntervals(scores, spread, codes, known, guarantee | facts, rare, edges)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 
 from .._core import validate
 from .._core.expression import as_logs
@@ -145,12 +144,11 @@ def intervals(
         check_layer_unchanged(table, prediction_key, layer)
         predicted = indexable_matrix(table, layer)
         adapted = find_adaptation(table, record, layer)
-    names = {name: f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")}
-    uns = f"{layer}_intervals"
-    ends = [names["lower"], names["upper"]]
-    check_free(
-        table, "intervals", uns, parameter="layer", layers=ends, var=[names["halfwidth"], names["rarely_detected"]]
+    lower, upper, halfwidth_key, rare_key = (
+        f"{layer}_{name}" for name in ("lower", "upper", "halfwidth", "rarely_detected")
     )
+    uns = f"{layer}_intervals"
+    check_free(table, "intervals", uns, parameter="layer", layers=[lower, upper], var=[halfwidth_key, rare_key])
     source: ModelIntervals | AdaptedIntervals
     if calibration is not None:
         source = calibration_intervals(table, calibration, coverage, by, symbols_in(table, gene_symbols))
@@ -160,55 +158,41 @@ def intervals(
     else:
         source = model_intervals(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
     n_bytes = 2 * 4 * table.n_obs * table.n_vars
-    fits = n_bytes <= settings.memory_limit
     layers: dict[str, np.ndarray] = {}
-    halfwidth = np.full(table.n_vars, np.nan, np.float32)
-    if fits:
-        layers = {names[end]: np.full(table.shape, np.nan, np.float32) for end in ("lower", "upper")}
+    if n_bytes <= settings.memory_limit:
+        layers = {key: np.full(table.shape, np.nan, np.float32) for key in (lower, upper)}
     else:
         warnings.warn(
             f"the two layers need {n_bytes / 2**20:,.3g} MiB, more than hg.settings.memory_limit "
-            f"({settings.memory_limit / 2**20:,.3g} MiB): only var[{names['halfwidth']!r}] is written; raise the limit, or subset "
+            f"({settings.memory_limit / 2**20:,.3g} MiB): only var[{halfwidth_key!r}] is written; raise the limit, or subset "
             "the genes first",
             stacklevel=2,
         )
+    halfwidth = np.full(table.n_vars, np.nan, np.float32)
     known = np.flatnonzero(source.known)
     means = np.full(table.n_vars, np.nan)
     step = genes_at_once(table.n_obs)
     for start in range(0, len(known), step):
         genes = known[start : start + step]
         values = np.asarray(dense(predicted[:, genes]), np.float32)
-        low, high = source.ends(values, genes)
+        ends = low, high = source.ends(values, genes)
         finite = np.isfinite(high).any(0)
         means[genes[finite]] = np.nanmean(values[:, finite], axis=0)
         halfwidth[genes[finite]] = np.nanmedian((high - low)[:, finite], axis=0) / 2
-        if fits:
-            layers[names["lower"]][:, genes] = np.maximum(low, 0)
-            layers[names["upper"]][:, genes] = np.maximum(high, 0)
+        for key, end in zip(layers, ends, strict=False):
+            layers[key][:, genes] = np.maximum(end, 0)
     if calibration is not None:
         warn_of_level(calibration, means, find_genes(symbols_in(table, gene_symbols), calibration.genes), layer)
-    var = {names["halfwidth"]: pd.Series(halfwidth, index=table.var_names)}
+    var = {halfwidth_key: halfwidth}
     if source.rare is not None:
-        rare = source.rare & source.known
-        var[names["rarely_detected"]] = pd.Series(rare, index=table.var_names)
+        rare = var[rare_key] = source.rare & source.known
         if rare.any():
             spots = "training" if adapted is None and calibration is None else "measured"
             warnings.warn(
                 f"{int(rare.sum()):,} of {int(source.known.sum()):,} genes were detected in fewer than {RARE_SHARE:.0%} of the "
-                f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{names['rarely_detected']!r}] marks them",
+                f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{rare_key!r}] marks them",
                 stacklevel=2,
             )
-    write_result(
-        table,
-        "intervals",
-        uns,
-        params={
-            "coverage": float(coverage),
-            "layer": layer,
-            "by": by,
-            "prediction_key": prediction_key if calibration is None else None,
-        },
-        facts=source.facts,
-        layers=layers,
-        var=var,
-    )
+    params = {"coverage": float(coverage), "layer": layer, "by": by}
+    params["prediction_key"] = prediction_key if calibration is None else None
+    write_result(table, "intervals", uns, params=params, facts=source.facts, layers=layers, var=var)

@@ -11,8 +11,7 @@ from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
 from .._core.matrix import layer_label
-from .._core.ownership import is_prediction
-from .._core.predictions import prediction_of, source_layer
+from .._core.predictions import record_of_layer, source_layer
 from .._core.spots import SpotData, read_spots
 from ._biomarkers.pool import labelled_spots
 from ._biomarkers.provenance import measured_part
@@ -87,10 +86,8 @@ def sections_trained_on(spots: SpotData) -> dict[str, str]:
     """Return the sections that one of our models was trained on, if known, with the name of the model."""
     trained: dict[str, str] = {}
     for i, table in enumerate(spots.tables):
-        record = table.uns.get(prediction_of(table, spots.layer), {})
-        if is_prediction(record):
-            sections = known_training_sections(
-                record, find_model(record, None), set(spots.sections[spots.objects == i])
-            )
+        if record := record_of_layer(table, spots.layer):
+            own = set(spots.sections[spots.objects == i])
+            sections = known_training_sections(record, find_model(record, None), own)
             trained |= dict.fromkeys(sections, str(record.get("model")))
     return trained

@@ -198,15 +198,14 @@ def predict(
     keys = Keys(key_added, layer)
     model = load(model)
     how = Encoding.checked(model, device, show_progress_bar, exact, options)
-    slides = find_slides(
-        sdata,
-        model,
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=coordinate_system,
-        mpp=mpp,
-    )
+    places = {
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "coordinate_system": coordinate_system,
+        "mpp": mpp,
+    }
+    slides = find_slides(sdata, model, **places)
     measured = slides[0].table_key
     if isinstance(genes, str) and genes != "all":
         raise ValueError(f"`genes` is {genes!r}; a list of genes, 'all' or None is needed")
@@ -233,15 +232,8 @@ def predict(
     results = [_predict_slide(slide, model, how, kept) for slide in slides]
     predictions = [prediction for _, _, prediction in results]
     dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, results, strict=True) if interpolated]
-    chosen = {
-        "image_key": image_key,
-        "shapes_key": shapes_key,
-        "table_key": table_key,
-        "coordinate_system": coordinate_system,
-        "mpp": mpp,
-        "known_patient": known_patient,
-    }
-    given = [name for name, value in chosen.items() if value is not None] + ["dtype"] * ("dtype" in how.given)
+    given = [name for name, value in {**places, "known_patient": known_patient}.items() if value is not None]
+    given += ["dtype"] * ("dtype" in how.given)
     is_known = bool(sections) if known_patient is None else known_patient
     record = {
         "model": model.name,

@@ -16,9 +16,9 @@ from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
 from .._core.keys import PATIENT, check_key
 from .._core.logs import logger
-from .._core.matrix import values_of
-from .._core.ownership import check_free, is_prediction
-from .._core.predictions import prediction_of
+from .._core.matrix import in_columns, values_of
+from .._core.ownership import check_free
+from .._core.predictions import record_of_layer
 from .._core.results import Result, write_results
 from .._core.spots import SpotData, read_spots
 from ..models._card import set_genes
@@ -201,16 +201,16 @@ def programmes(
         results["evidence"] = f"{_UNKNOWN}fewer than {min_genes} of its genes on the held-out slides"
         results.loc[summary.index, summary.columns] = summary
         params |= {**unit_keys, "measured_scale": measured_scale}
-    if layer is not None and any(_is_out_of_distribution(table, layer) for table in spots.tables):
+    verdicts = [record_of_layer(table, layer).get("verdict") for table in spots.tables if layer is not None]
+    if "out of distribution" in verdicts:
         results = results.assign(reliable=False, evidence=f"{_UNKNOWN}a slide of `data` is out of distribution")
     results = results.astype({"reliable": bool}).reset_index()
     record = {"verb": "programmes", "params": {k: v for k, v in params.items() if v is not None}, **facts}
     scores = scorer.scores(spots.blocks(), len(spots.labels))
-    written, start = [], 0
-    for table, rows in zip(spots.tables, spots.rows, strict=True):
-        values = np.full((table.n_obs, len(scorer.names)), np.nan, np.float32)
-        values[rows] = scores[start : start + len(rows)]
-        start += len(rows)
+    parts = np.split(scores, np.cumsum([len(rows) for rows in spots.rows])[:-1])
+    written = []
+    for table, rows, part in zip(spots.tables, spots.rows, parts, strict=True):
+        values = in_columns(part.T, rows, table.n_obs).T
         frame = pd.DataFrame(values, index=table.obs_names, columns=scorer.names)
         result = Result("programmes", key_added, {**record, "results": results}, {"obsm": {key_added: frame}})
         written.append((table, result))
@@ -307,11 +307,9 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
 
 def _training_metrics(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
     """Return the metrics of sets that were given when the model was trained, if the layer is its prediction."""
-    records = [table.uns.get(prediction_of(table, layer) or "", {}) for table in spots.tables]
+    records = [record_of_layer(table, layer) for table in spots.tables]
     # Models that were never saved have no SHA-256.
-    models = {
-        (record.get("weights_sha256"), record.get("head")) if is_prediction(record) else None for record in records
-    }
+    models = {(record.get("weights_sha256"), record.get("head")) for record in records}
     if len(models) > 1 or any(record.get("layer") != layer or "programmes" not in record for record in records):
         return pd.DataFrame()
     trained: pd.DataFrame = records[0]["programmes"]
@@ -332,12 +330,6 @@ def _current_genes(genes: str) -> list[tuple[str, str]]:
     """Return current symbols and weights of a set that is written as one text."""
     parts = [gene.partition(":") for gene in genes.split(" ")]
     return sorted(zip(current_symbols(name for name, _, _ in parts), (weight for _, _, weight in parts), strict=True))
-
-
-def _is_out_of_distribution(table: AnnData, layer: str) -> bool:
-    """Return whether the predicted slide is out of distribution."""
-    record = table.uns.get(prediction_of(table, layer) or "", {})
-    return is_prediction(record) and record.get("verdict") == "out of distribution"
 
 
 def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None:

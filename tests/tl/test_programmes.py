@@ -112,7 +112,7 @@ def test_accuracy_is_unknown_with_two_patients_or_with_training_sections(table, 
         found = hg.tl.programmes(table, SETS, held_out=table, layer="other")
     assert (found["evidence"] == "unknown: the model was trained on P1").all()
     assert not found["reliable"].any()
-    monkeypatch.setattr("he2gene_sc.tl._programmes._is_out_of_distribution", lambda table, layer: True)
+    monkeypatch.setattr("he2gene_sc.tl._programmes.record_of_layer", lambda *_: {"verdict": "out of distribution"})
     with pytest.warns(UserWarning, match="none is reliable: a slide of `data` is out of distribution"):
         hg.tl.programmes(table, SETS, held_out=table, layer="other")
 

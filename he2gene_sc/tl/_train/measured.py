@@ -205,7 +205,9 @@ def join(
     renamed = common_names({section.name: section.genes for section in read})
     if renamed:
         read = [replace(s, genes=s.genes.map(lambda gene: renamed.get(gene, gene))) for s in read]
-    genes, measured = _join_genes(read, chosen)
+    genes = check_gene_lists({section.name: section.genes for section in read}, chosen)
+    everywhere = np.ones(len(genes), bool)
+    measured = [everywhere if chosen.missing_genes_are_zero else genes.isin(section.genes) for section in read]
     classes, codes = code_classes([section.labels for section in read], labels)
     if chosen.genes is None and not all_listed:
         seen = sum(_n_detected(section, genes) for section in read)
@@ -288,13 +290,6 @@ def _gene_columns(genes: pd.Index, section: MeasuredSection) -> np.ndarray:
     positions = genes.get_indexer(section.genes)
     columns[positions[positions >= 0]] = np.flatnonzero(positions >= 0)
     return columns
-
-
-def _join_genes(sections: Sequence[MeasuredSection], chosen: GeneSelection) -> tuple[pd.Index, list[np.ndarray]]:
-    """All genes, sorted, and for each section a mask of the genes that were measured there."""
-    union = check_gene_lists({section.name: section.genes for section in sections}, chosen)
-    everywhere = np.ones(len(union), bool)
-    return union, [everywhere if chosen.missing_genes_are_zero else union.isin(section.genes) for section in sections]
 
 
 def _align(targets: scipy.sparse.csc_array, columns: np.ndarray) -> scipy.sparse.csc_array:
