@@ -18,8 +18,6 @@ from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._calibrate import Calibration, check_calibrated
 from ..tl._interval_ends import (
-    AdaptedIntervals,
-    ModelIntervals,
     adapted_intervals,
     calibration_intervals,
     check_by,
@@ -113,7 +111,6 @@ def calibration(
 
     check_by(by)
     levels = _check_coverages(coverages)
-    bounds: list[ModelIntervals] | list[AdaptedIntervals]
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
         check_calibrated(calibration, table, indexable_matrix(table, layer), layer, model)

@@ -106,7 +106,6 @@ def compare(
     _warn_of_shared(pairs, truth, panel if genes is None else None)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
     patient_of_unit = pd.Series(patients).groupby(units).first().to_numpy()
-    groups = patients if patients.any() else units
     references = {name: values[:, None] for name, values in fields(data, truth.tables, truth, layers[0]).items()}
     if truth.xy is not None:
         if not np.isfinite(truth.xy).all():
@@ -128,9 +127,7 @@ def compare(
         values = truth.values(all_spots, block).astype(np.float64)
         smoothed = {"triplex": _smooth(values, truth.xy, units)} if "triplex" in chosen else {}
         predictions = {layer: spots.values(all_spots, block) for layer, spots in predicted.items()}
-        if groups.any():
-            centred = values - pd.DataFrame(values).groupby(units).transform("mean").to_numpy()
-            predictions |= {name: predict_held_out(x, centred, groups) for name, x in references.items()}
+        predictions |= predict_held_out(references, values, units, patients)
         for name, prediction in predictions.items():
             for protocol in chosen:
                 codes, owners = (
@@ -221,12 +218,22 @@ def _smooth(values: np.ndarray, xy: np.ndarray | None, units: np.ndarray) -> np.
     return out
 
 
-def predict_held_out(x: np.ndarray, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Predict the centred values of each group from ``x``, by least squares on the other groups."""
-    out = np.empty_like(values)
-    for group in np.unique(groups):
-        held_out = groups == group
-        out[held_out] = x[held_out] @ np.linalg.lstsq(x[~held_out], values[~held_out], rcond=None)[0]
+def predict_held_out(
+    references: Mapping[str, np.ndarray], values: np.ndarray, units: np.ndarray, patients: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Predict values centred by section from each reference ``(n, f)``, by least squares on the other patients.
+
+    With one patient, the lines are fitted on its other sections; with one section, there are none.
+    """
+    groups = patients if patients.any() else units
+    if not groups.any():
+        return {}
+    centred = values - pd.DataFrame(values).groupby(units).transform("mean").to_numpy()
+    out = {name: np.empty_like(values) for name in references}
+    for name, x in references.items():
+        for group in np.unique(groups):
+            own, rest = groups == group, groups != group
+            out[name][own] = x[own] @ np.linalg.lstsq(x[rest], centred[rest], rcond=None)[0]
     return out
 
 

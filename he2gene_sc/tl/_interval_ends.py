@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,52 +32,14 @@ _NEEDED = {"detected": "of the spots that express a gene", "level": "by predicte
 
 
 @dataclass(frozen=True)
-class ModelIntervals:
-    """Intervals of a model: scores by class and gene ``(1 + c, n_vars)``, multiplied by the spread of the gene.
+class Intervals:
+    """Intervals of the genes of a table."""
 
-    With ``edges`` of predicted levels ``(b - 1, n_vars)``, ``scores`` are ``(2, b, n_vars)``: below and above, by level.
-    """
-
-    scores: np.ndarray
-    spread: np.ndarray
-    codes: np.ndarray
-    known: np.ndarray
+    #: Gives the lower and upper ends for predicted values ``(n, g)``, the columns of the genes and the rows of the spots.
+    ends: Callable[[np.ndarray, np.ndarray, np.ndarray | slice], tuple[np.ndarray, np.ndarray]]
+    known: np.ndarray  # genes with intervals
     facts: dict[str, Any]
-    #: Genes detected in fewer than a fifth of the training spots; ``None`` if the model does not state it.
-    rare: np.ndarray | None = None
-    edges: np.ndarray | None = None
-
-    def ends(
-        self, predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice = slice(None)
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower and upper ends for predicted values ``(n, g)``."""
-        from ..stats import level_of, spread_of
-
-        spread = spread_of(predicted, self.spread[:, genes])
-        if self.edges is None:
-            half = self.scores[:, genes][self.codes[rows]] * spread
-            return predicted - half, predicted + half
-        level = level_of(predicted, self.edges[:, genes])
-        below, above = (np.take_along_axis(score[:, genes], level, axis=0) * spread for score in self.scores)
-        # Keep the prediction inside, as in the other intervals.
-        return np.minimum(predicted, predicted - below), np.maximum(predicted, predicted + above)
-
-
-@dataclass(frozen=True)
-class AdaptedIntervals:
-    """Intervals from quantiles of signed residuals, ``(n_vars,)`` each."""
-
-    lower: np.ndarray
-    upper: np.ndarray
-    known: np.ndarray
-    facts: dict[str, Any]
-    rare: np.ndarray | None = None
-
-    def ends(
-        self, predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice = slice(None)
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower and upper ends for predicted values ``(n, g)``."""
-        return predicted + self.lower[genes], predicted + self.upper[genes]
+    rare: np.ndarray | None  # genes detected in fewer than a fifth of the spots; None if the model does not state it
 
 
 def check_by(by: object) -> None:
@@ -102,7 +64,7 @@ def find_adaptation(table: AnnData, record: Mapping[str, Any], layer: str) -> Ma
     return adapted
 
 
-def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int) -> AdaptedIntervals:
+def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int) -> Intervals:
     """Return the intervals of an adapted layer, from the record of its adaptation."""
     from ..stats import interpolated
 
@@ -135,7 +97,12 @@ def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int)
     facts = {"guarantee": "none", "unit": "spot", "residuals": str(record.get("guarantee", "of hg.tl.adapt"))}
     # Older versions did not record it.
     rare = np.asarray(record["detected"]) < RARE_SHARE if "detected" in record else None
-    return AdaptedIntervals(lower, upper, known, facts | {"by": "none"}, rare)
+    return Intervals(
+        lambda predicted, genes, _: (predicted + lower[genes], predicted + upper[genes]),
+        known,
+        facts | {"by": "none"},
+        rare,
+    )
 
 
 def _check_measured(
@@ -168,7 +135,7 @@ def model_intervals(
     by: str | None,
     gene_symbols: str | None,
     keys: Keys,
-) -> ModelIntervals:
+) -> Intervals:
     """Return the intervals of a prediction, from the residuals of its model."""
     model = predicting_model(record, model)
     facts = model.card.intervals
@@ -212,7 +179,7 @@ def model_intervals(
 
 def calibration_intervals(
     table: AnnData, calibration: Calibration, coverage: float, by: str | None, names: pd.Index
-) -> ModelIntervals:
+) -> Intervals:
     """Return the intervals of a calibration; ``names`` are the genes of the table."""
     from ..stats import LEVELS, MAX_COVERAGE
 
@@ -275,9 +242,9 @@ def _intervals_from(
     codes: np.ndarray,
     facts: dict[str, Any],
     n_vars: int,
-) -> ModelIntervals:
-    """Return intervals with the scores and spread of the genes of a table; ``facts`` are completed by the guarantee."""
-    from ..stats import MIN_GROUPS
+) -> Intervals:
+    """Return intervals: scores by class ``codes``, or by level, times the spread of the gene; the guarantee joins ``facts``."""
+    from ..stats import MIN_GROUPS, level_of, spread_of
 
     if not residuals.levels[0] <= coverage <= residuals.max_coverage:
         raise ValueError(
@@ -305,7 +272,18 @@ def _intervals_from(
     n_needed = max(MIN_GROUPS, int(np.ceil(level / (1 - level) - 1e-9)))
     guarantee = {"guarantee": "hierarchical" if guaranteed.all() else "none", "n_groups_needed": n_needed}
     spread = in_table(*residuals.read("spread"))
-    return ModelIntervals(scores, spread, codes, known, guarantee | facts, rare, edges)
+
+    def ends(predicted: np.ndarray, genes: np.ndarray, rows: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
+        width = spread_of(predicted, spread[:, genes])
+        if edges is None:
+            half = scores[:, genes][codes[rows]] * width
+            return predicted - half, predicted + half
+        at = level_of(predicted, edges[:, genes])
+        below, above = (np.take_along_axis(score[:, genes], at, axis=0) * width for score in scores)
+        # Keep the prediction inside, as in the other intervals.
+        return np.minimum(predicted, predicted - below), np.maximum(predicted, predicted + above)
+
+    return Intervals(ends, known, guarantee | facts, rare)
 
 
 def _scores_by_class(

@@ -23,8 +23,6 @@ from .._settings import settings
 from ._calibrate import Calibration, check_calibrated, warn_of_level
 from ._interval_ends import (
     RARE_SHARE,
-    AdaptedIntervals,
-    ModelIntervals,
     adapted_intervals,
     calibration_intervals,
     check_by,
@@ -149,7 +147,6 @@ def intervals(
     )
     uns = f"{layer}_intervals"
     check_free(table, "intervals", uns, parameter="layer", layers=[lower, upper], var=[halfwidth_key, rare_key])
-    source: ModelIntervals | AdaptedIntervals
     if calibration is not None:
         source = calibration_intervals(table, calibration, coverage, by, symbols_in(table, gene_symbols))
         predicted = as_logs(predicted, "counts") if calibration.layer_scale == "counts" else predicted
@@ -175,7 +172,7 @@ def intervals(
     for start in range(0, len(known), step):
         genes = known[start : start + step]
         values = np.asarray(dense(predicted[:, genes]), np.float32)
-        ends = low, high = source.ends(values, genes)
+        ends = low, high = source.ends(values, genes, slice(None))
         finite = np.isfinite(high).any(0)
         means[genes[finite]] = np.nanmean(values[:, finite], axis=0)
         halfwidth[genes[finite]] = np.nanmedian((high - low)[:, finite], axis=0) / 2

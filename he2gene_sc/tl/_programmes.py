@@ -194,7 +194,8 @@ def programmes(
                 f"`held_out`: no set has {min_genes} of the {len(truth.genes)} genes that were predicted and measured there; pass "
                 "slides with more genes, or lower `min_genes`"
             )
-        references = fields(held_out, truth.tables, truth, str(layer))
+        fields_of_spots = fields(held_out, truth.tables, truth, str(layer))
+        references = {name: values[:, None] for name, values in fields_of_spots.items()}
         facts["sections"] = _section_metrics(held_out_scorer, predicted, truth, references, seed)
         unit = "patient" if sample_key == PATIENT else sample_key
         summary = _over_units(facts["sections"], unit, held_out_scorer.names, sections_trained_on(predicted))
@@ -266,11 +267,7 @@ def _section_metrics(
     n = len(truth.units)
     score, target = scorer.scores(predicted.blocks(), n), scorer.scores(truth.blocks(), n)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
-    predictions = {"pearson": score}
-    groups = patients if patients.any() else units
-    if groups.any():
-        centred = target - pd.DataFrame(target).groupby(units).transform("mean").to_numpy()
-        predictions |= {name: predict_held_out(values[:, None], centred, groups) for name, values in references.items()}
+    predictions = {"pearson": score, **predict_held_out(references, target, units, patients)}
     totals = truth.totals(truth.layer, "measured") if truth.scale == "counts" else None
     rng, rows = np.random.default_rng(seed), []
     for unit in range(units.max() + 1):

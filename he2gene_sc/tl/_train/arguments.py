@@ -6,6 +6,7 @@ import contextlib
 import gc
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import pandas as pd
 from ..._core.logs import logger
 from ..._core.names import check_spelling
 from ...image._geometry import MIN_PX
-from .measured import DUPLICATE_NAME, MIN_SPOTS, MeasuredSection, check_table, read_sections
+from .measured import MIN_SPOTS, MeasuredSection, read_sections
 from .names import check_gene_lists, check_labels, check_merged
 
 if TYPE_CHECKING:
@@ -67,29 +68,10 @@ def read_all(
     # Other sequences may load a section with its image on each access.
     checked = isinstance(sdatas, list | tuple)
     if checked:
-        lists: dict[str, pd.Index] = {}
-        places: dict[str, int] = {}
-        patients: dict[str, str] = {}
-        labels: set[str] = set()
-        for i, sdata in enumerate(sdatas):
-            with _name_object(i):
-                names, own, genes = check_table(sdata, keys, symbols)
-                for name in names:
-                    if name in places:
-                        raise ValueError(f"{DUPLICATE_NAME.format(name)}, also in object {places[name] + 1}")
-                    places[name] = i
-                _check_spelling(patients := patients | names, keys)
-                if names:
-                    lists[", ".join(names)] = genes
-                labels |= own
-                check_labels(labels, classes)
-        if lists:
-            check_gene_lists(lists, chosen)
-        check_merged(labels, classes.merge)
+        _check_all(sdatas, keys, symbols, chosen, classes)
     n = spots = 0
-    seen: dict[str, str] = {}
+    seen = _Seen(keys, classes)
     counted: dict[str, str] = {}
-    found: set[str] = set()
     iterator = iter(sdatas)
     del sdatas
     for sdata in iterator:
@@ -99,14 +81,9 @@ def read_all(
                 section = next(sections, None)
                 if section is None:
                     break
-                found.update(label for label in section.labels if label is not None)
-                check_labels(found, classes)
-            if section.name in seen:
-                raise ValueError(f"{DUPLICATE_NAME.format(section.name)} (object {n + 1} of `sdatas`)")
-            seen[section.name] = section.patient
-            _check_spelling(seen, keys)
+                is_large = seen.add(section, n)
             spots = max(spots, len(section.centres))
-            if len(section.centres) >= MIN_SPOTS:
+            if is_large:
                 digest = hashlib.blake2b(section.counts.data.tobytes())
                 digest.update(section.counts.indices.tobytes())
                 same = counted.setdefault(digest.hexdigest(), section.name)
@@ -122,32 +99,69 @@ def read_all(
                     "section %s is left out: it has %d spots, but at least %d are needed to measure how well a gene is predicted",
                     *(section.name, len(section.centres), MIN_SPOTS),
                 )
-                seen.pop(section.name)
         del sdata, section, sections
         # SpatialData objects contain reference cycles: free the image before the next one is decoded.
         gc.collect()
         n += 1
-    if not seen:
+    if not seen.patients:
         what = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
         raise ValueError(f"`sdatas` {what}; at least one section is needed")
     from ...training._folds import N_BLOCKS
 
-    if len(seen) == 1 and spots < N_BLOCKS:
+    if len(seen.patients) == 1 and spots < N_BLOCKS:
         raise ValueError(
             f"`sdatas` is one section with {spots} spots; at least {N_BLOCKS} are needed to hold out parts of it"
         )
-    if keys.annotation is not None and not found:
+    if keys.annotation is not None and not seen.labels:
         logger.warning("`annotation_key`: no spot has a label in %r; the annotation head is skipped", keys.annotation)
 
 
-def _check_spelling(patients: Mapping[str, str], keys: TrainingKeys) -> None:
-    """Raise if names of sections, or of patients, differ only in case between sections."""
-    by_section = {f"section {name!r}": [patient] for name, patient in patients.items()}
-    for parameter, key, what, names in (
-        ("section_key", keys.section, "sections", {"": list(patients)}),
-        ("sample_key", keys.sample, "patients", by_section),
-    ):
-        check_spelling(names, parameter, key, what=what)
+def _check_all(
+    sdatas: Iterable[SpatialData],
+    keys: TrainingKeys,
+    symbols: Mapping[str, str],
+    chosen: GeneSelection,
+    classes: Classes,
+) -> None:
+    """Check all sections together, before pixels of any are read."""
+    seen = _Seen(keys, classes)
+    lists: dict[str, pd.Index] = {}
+    for i, sdata in enumerate(sdatas):
+        with _name_object(i):
+            for section in read_sections(sdata, keys, symbols, pixels=False):
+                if seen.add(section, i):
+                    lists[section.name] = section.genes
+    if lists:
+        check_gene_lists(lists, chosen)
+    check_merged(seen.labels, classes.merge)
+
+
+@dataclass
+class _Seen:
+    """Names of the sections that were read so far."""
+
+    keys: TrainingKeys
+    classes: Classes
+    objects: dict[str, int] = field(default_factory=dict)  # of each section
+    patients: dict[str, str] = field(default_factory=dict)  # of each section
+    labels: set[str] = field(default_factory=set)
+
+    def add(self, section: MeasuredSection, i: int) -> bool:
+        """Add a section of object ``i`` unless it is too small; raise if its names do not fit those of the others."""
+        if len(section.centres) < MIN_SPOTS:
+            return False
+        if section.name in self.objects:
+            raise ValueError(
+                f"`section_key`: two sections are named {section.name!r}, also in object {self.objects[section.name] + 1}; give "
+                "each section a unique name, also across patients"
+            )
+        self.objects[section.name], self.patients[section.name] = i, section.patient
+        by_section = {f"section {name!r}": [patient] for name, patient in self.patients.items()}
+        check_spelling({"": [*self.patients]}, "section_key", self.keys.section, what="sections")
+        check_spelling(by_section, "sample_key", self.keys.sample, what="patients")
+        self.labels.update(label for label in section.labels if label is not None)
+        check_labels(self.labels, self.classes)
+        return True
 
 
 @contextlib.contextmanager

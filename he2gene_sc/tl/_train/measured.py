@@ -20,7 +20,7 @@ from ..._core.names import clean_names, clean_samples, column_of
 from ..._core.placement import check_placement
 from ..._core.slide import Slide, resolve
 from .._known import image_facts
-from .names import check_gene_lists, clean_labels, code_classes, common_names, gene_names
+from .names import check_gene_lists, code_classes, common_names, gene_names
 from .options import Classes, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from ...training import Section
 
-DUPLICATE_NAME = "`section_key`: two sections are named {!r}; give each section a unique name, also across patients"
 #: Fewest spots of a section; with fewer, it cannot be measured how well genes are predicted.
 MIN_SPOTS = 4
 _COLUMN_HINTS = {
@@ -67,34 +66,39 @@ class MeasuredSection:
 
 
 def read_sections(
-    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str], *, checked: bool = False
+    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str], *, checked: bool = False, pixels: bool = True
 ) -> Iterator[MeasuredSection]:
-    """Check one object and yield its sections, one per shapes element; ``checked``: :func:`check_table` was called before."""
-    slides, table, names, matrix = _open(sdata, keys, symbols)
+    """Check one object and yield its sections, one per shapes element.
+
+    ``checked``: it was read before, so warnings are not repeated. Without ``pixels``, the image is not identified.
+    """
+    slides, table, genes, matrix = _open(sdata, keys, symbols)
     for slide in slides:
         if not checked:
             check_placement(sdata, slide)
-        yield _section(table, slide, names, matrix, keys)
-
-
-def check_table(
-    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str]
-) -> tuple[dict[str, str], set[str], pd.Index]:
-    """Check one object without reading pixels; return patients by section, labels and genes."""
-    slides, table, genes, matrix = _open(sdata, keys, symbols)
-    patients, labels = {}, set()
-    for slide in slides:
-        check_placement(sdata, slide)
-        rows, _, _ = _spots_with_counts(slide, matrix)
+        counts = matrix[slide.rows[slide.inside]]
+        counted = np.asarray(counts.sum(axis=1)).ravel() > 0
+        rows = slide.rows[slide.inside][counted]
+        if not len(rows):
+            raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
+        counts = counts[counted]
+        counts.sum_duplicates()
         name, patient = _section_and_patient(table, rows, slide, keys)
-        if len(rows) < MIN_SPOTS:
-            continue
-        if name in patients:
-            raise ValueError(DUPLICATE_NAME.format(name))
-        patients[name] = patient
+        labels, n_converted = np.full(len(rows), None, object), 0
         if keys.annotation is not None:
-            labels |= set(clean_names(table.obs[keys.annotation].iloc[rows]))
-    return patients, labels - {None}, genes
+            given = table.obs[keys.annotation].iloc[rows]
+            labels = clean_names(given)
+            n_converted = sum(isinstance(value, str) and value.strip() != "" for value in given[pd.isna(labels)])
+        for n, what in (
+            (int((~slide.inside).sum()), "spots outside the image are left out"),
+            (int((~counted).sum()), "spots without counts are left out"),
+            (n_converted, "labels are missing values converted to text; they count as missing"),
+        ):
+            if n and not checked:
+                logger.warning("section %s: %d %s", name, n, what)
+        centres = slide.centres[slide.inside][counted]
+        image = image_facts(slide, centres) if pixels else None
+        yield MeasuredSection(name, patient, slide.mpp, slide, centres, genes, counts, labels, image)
 
 
 def _open(
@@ -114,45 +118,6 @@ def _open(
         if key is not None:
             column_of(table, key, parameter, _COLUMN_HINTS[parameter])
     return slides, table, gene_names(table, keys.elements.gene_symbols, symbols), _matrix(table, keys.elements.layer)
-
-
-def _spots_with_counts(
-    slide: Slide, matrix: scipy.sparse.csr_array
-) -> tuple[np.ndarray, np.ndarray, scipy.sparse.csr_array]:
-    """Rows of the spots in the image that have counts, their mask among the spots in the image, and their counts."""
-    counts = matrix[slide.rows[slide.inside]]
-    counted = np.asarray(counts.sum(axis=1)).ravel() > 0
-    rows = slide.rows[slide.inside][counted]
-    if not len(rows):
-        raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
-    summed = counts[counted]
-    summed.sum_duplicates()
-    return rows, counted, summed
-
-
-def _section(
-    table: AnnData, slide: Slide, names: pd.Index, matrix: scipy.sparse.csr_array, keys: TrainingKeys
-) -> MeasuredSection:
-    rows, counted, summed = _spots_with_counts(slide, matrix)
-    name, patient = _section_and_patient(table, rows, slide, keys)
-    for n, what in ((int((~slide.inside).sum()), "outside the image"), (int((~counted).sum()), "without counts")):
-        if n:
-            logger.warning("section %s: %d spots %s are left out", name, n, what)
-    labels = np.full(len(rows), None, object)
-    if keys.annotation is not None:
-        labels = clean_labels(table.obs[keys.annotation].iloc[rows], name)
-    centres = slide.centres[slide.inside][counted]
-    return MeasuredSection(
-        name=name,
-        patient=patient,
-        mpp=slide.mpp,
-        slide=slide,
-        centres=centres,
-        genes=names,
-        counts=summed,
-        labels=labels,
-        image=image_facts(slide, centres),
-    )
 
 
 def _section_and_patient(table: AnnData, rows: np.ndarray, slide: Slide, keys: TrainingKeys) -> tuple[str, str]:

@@ -15,7 +15,6 @@ from ..._core import validate
 from ..._core.genes import current_symbols, find_genes
 from ..._core.logs import logger
 from ..._core.model_genes import check_not_probes
-from ..._core.names import clean_names
 from ..._core.validate import format_list
 from ...models._schema import check_class_names
 
@@ -144,17 +143,6 @@ _COLOURS = (
     "#7f7f7f",
     "#17becf",
 )
-
-
-def clean_labels(column: pd.Series, section: str) -> np.ndarray:
-    """Labels as text; ``None`` for missing labels, also if a missing value was converted to text."""
-    names = clean_names(column)
-    missing = int(sum(isinstance(value, str) and value.strip() != "" for value in column[pd.isna(names)]))
-    if missing:
-        logger.warning(
-            "section %s: %d labels are missing values converted to text; they count as missing", section, missing
-        )
-    return names
 
 
 def check_labels(labels: Iterable[str], chosen: Classes) -> None:
