@@ -9,9 +9,9 @@ import numpy as np
 
 from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
-from .._core.images import find_image, pyramid_of
+from .._core.images import check_image, find_image, pyramid_of
 from .._core.logs import logger
-from ..image import tissue_pixels
+from ..image import read_reduced, tissue_pixels
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -160,8 +160,7 @@ def _clean_pieces(tissue: np.ndarray) -> np.ndarray:
     """Return the mask with numbered pieces, without dust and holes."""
     from skimage.measure import label
 
-    pieces = label(_without_small(~_without_small(~tissue, _HOLE), _DUST), connectivity=2)
-    return np.asarray(pieces)
+    return np.asarray(label(_without_small(~_without_small(~tissue, _HOLE), _DUST), connectivity=2))
 
 
 def _without_small(mask: np.ndarray, share: float) -> np.ndarray:
@@ -198,9 +197,6 @@ def read_thumbnail(sdata: SpatialData, image_key: str, max_pixels: int) -> tuple
 
     Also return the number of pixels of level 0 per pixel, along y and x.
     """
-    from .._core.images import check_image
-    from ..image import read_reduced
-
     pyramid = pyramid_of(sdata, image_key)
     reduced = read_reduced(pyramid, max_pixels, check_image(pyramid, image_key))
     return reduced, (pyramid.height / reduced.shape[1], pyramid.width / reduced.shape[2])

@@ -16,7 +16,7 @@ from .._core.genes import find_genes
 from .._core.spots import SpotData, pitch_of, spots_of
 from ..stats import neighbour_weights, pearson
 from ..stats._baselines import position
-from ..training._predictability import bounds
+from ..training._predictability import bounds, mean_by_patient
 from ._biomarkers.reference_fields import COLOUR, COORDINATES, DEPTH, fields
 from ._evaluate.aligned import MIN_SPOTS
 from ._paired import paired_spots
@@ -134,11 +134,11 @@ def compare(
                     (patients, np.arange(patients.max() + 1)) if protocol == "hest" else (units, patient_of_unit)
                 )
                 target = smoothed.get(protocol, values)
-                r = pd.DataFrame(
+                r = np.stack(
                     [correlation(prediction[codes == code], target[codes == code]) for code in range(len(owners))]
                 )
-                r = r if one_patient else r.groupby(owners).mean()
-                scores.setdefault((name, protocol), []).append(r.to_numpy())
+                r = r if one_patient else mean_by_patient(r, owners)
+                scores.setdefault((name, protocol), []).append(r)
     n = {"n_spots": len(units), "n_sections": len(patient_of_unit), "n_patients": int(patients.max()) + 1}
     by_unit = {key: np.concatenate(r, axis=1) for key, r in scores.items()}
     rows = [
