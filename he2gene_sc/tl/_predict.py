@@ -355,6 +355,7 @@ def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, objec
         n, n_outside = len(s.spot_ids), int((~s.inside).sum())
         facts[s.shapes_key] = s.image_key, s.coordinate_system, level, s.mpp, s.mpp_source, n, n_outside
     if len(facts) == 1:
-        return {"shapes": slides[0].shapes_key, **dict(zip(REGION_FACTS, *facts.values(), strict=True))}
+        (key,) = facts
+        return {"shapes": key, **dict(zip(REGION_FACTS, facts[key], strict=True))}
     by_fact = zip(REGION_FACTS, zip(*facts.values(), strict=True), strict=True)
     return {"shapes": list(facts), **{name: dict(zip(facts, values, strict=True)) for name, values in by_fact}}

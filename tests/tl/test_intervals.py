@@ -312,7 +312,7 @@ def test_a_trained_model_has_intervals_by_level(table, model, monkeypatch):
 
 @pytest.mark.parametrize("coverage", [0, 1, -0.1, 1.5, 90, float("nan"), "0.9", True, None])
 def test_a_coverage_that_is_not_between_0_and_1_raises(table, coverage):
-    with pytest.raises(ValueError, match="`coverage` is .*(between 0 and 1|a number is needed)"):
+    with pytest.raises(ValueError, match="`coverage` is .*(above 0 and below 1|a number is needed)"):
         hg.tl.intervals(table, coverage=coverage)
 
 

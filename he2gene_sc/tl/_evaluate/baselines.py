@@ -78,7 +78,8 @@ def _predictor(
         codes = pd.factorize(aligned.labels(annotation_key, "annotation_key"))[0]
         return lambda _, spots, measured: statistics.class_mean(measured, codes[spots])
     if name == "total counts":
-        if (depth := aligned.depth) is None:
+        depth = aligned.depth
+        if depth is None:
             raise ValueError("no counts are given, only logarithms")
         return lambda _, spots, measured: statistics.line(measured, depth[spots])
     if name == "nearest spots":
