@@ -137,7 +137,7 @@ def compare(
                 r = np.stack(
                     [correlation(prediction[codes == code], target[codes == code]) for code in range(len(owners))]
                 )
-                r = r if one_patient else mean_by_patient(r, owners)
+                r = r if one_patient else mean_by_patient(r, owners.tolist())
                 scores.setdefault((name, protocol), []).append(r)
     n = {"n_spots": len(units), "n_sections": len(patient_of_unit), "n_patients": int(patients.max()) + 1}
     by_unit = {key: np.concatenate(r, axis=1) for key, r in scores.items()}

@@ -41,7 +41,7 @@ from he2gene_sc.inference import Encoder, Part, cached_features
 from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pearson
-from he2gene_sc.tl._train import default as _train_default
+from he2gene_sc.tl._train import fit as _train_default
 from he2gene_sc.training._closed_form import build as _build
 from he2gene_sc.training._closed_form import validate as _validate
 
