@@ -180,7 +180,7 @@ def intervals(
             layers[key][:, genes] = np.maximum(end, 0)
     if calibration is not None:
         warn_of_level(calibration, means, find_genes(symbols_in(table, gene_symbols), calibration.genes), layer)
-    var = {halfwidth_key: halfwidth}
+    var: dict[str, np.ndarray] = {halfwidth_key: halfwidth}
     if source.rare is not None:
         rare = var[rare_key] = source.rare & source.known
         if rare.any():

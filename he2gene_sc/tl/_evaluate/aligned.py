@@ -116,10 +116,10 @@ def align_expression(
     )
     counts = None if options.scale == "log" else values_of(source, options.measured, "measured")
     if counts is None:
-        has_counts = np.isfinite(measured).any(axis=1)[source_rows]
+        has_counts = np.any(np.isfinite(measured), axis=1)[source_rows]
     else:
         has_counts = (np.asarray(counts.sum(axis=1)).ravel() > 0)[source_rows]
-    has_prediction = np.isfinite(predicted).any(axis=1)[rows]
+    has_prediction = np.any(np.isfinite(predicted), axis=1)[rows]
     section = _sections(source, options.section_key, options.sample_key)[source_rows]
     fitted = np.zeros(len(rows), bool) if layer.fitted_on is None else layer.fitted_on[rows]
     kept, n_left_out = _select_spots(layer, section, has_prediction, has_counts, fitted)

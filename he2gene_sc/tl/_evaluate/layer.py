@@ -63,9 +63,8 @@ def other_layer(table: AnnData, layer: str, scale: Scale) -> EvaluatedLayer:
     """Read a layer that another model predicted."""
     steps = source_layer(table, layer)[1]
     values = log_expression(table, layer, scale=scale, expected="log")
-    return EvaluatedLayer(
-        layer, layer, bool(steps), adaptation_spots(table, steps), values, np.isfinite(values).any(axis=0)
-    )
+    is_predicted = np.asarray(np.isfinite(values).any(axis=0))
+    return EvaluatedLayer(layer, layer, bool(steps), adaptation_spots(table, steps), values, is_predicted)
 
 
 def find_layer(table: AnnData, keys: Keys, layer: str, model: HE2Gene | None) -> EvaluatedLayer:
