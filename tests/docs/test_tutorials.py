@@ -51,7 +51,7 @@ PRINTED = {
     ],
     "04_domains_biomarkers": [
         (r"(\d+) of \d+ genes at FDR 5 %", 50, 5000),
-        (r"wilcoxon \(naive\) +(\d+) of", 5000, 9231),
+        (r"wilcoxon \(naive\) +(\d+) of", 1500, 2000),
         (r"spatial +(\d+) of \d+ genes in one section", 0, 10),
         (r"(\d+) of 2000 genes, circular: True", 0, 2000),
     ],
