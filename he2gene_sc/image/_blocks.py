@@ -124,7 +124,7 @@ class BlockSource:
             for cell in own:
                 self._cache[cell] = Future()
             cells = {cell: self._cache[cell] for cell in self._needed[i]}
-        self._fill(own, cells)
+        self._decode(own, cells)
         shape = (3, block.bottom - block.top, block.right - block.left)
         out = self._buffers[i % len(self._buffers)][: math.prod(shape)].reshape(shape)
         ch, cw = self._cell
@@ -155,34 +155,28 @@ class BlockSource:
             }
         )
 
-    def _fill(self, missing: list[tuple[int, int]], cells: dict[tuple[int, int], Future[np.ndarray]]) -> None:
+    def _decode(self, missing: list[tuple[int, int]], cells: dict[tuple[int, int], Future[np.ndarray]]) -> None:
         """Decode cells that are not cached; pass an error on to threads that wait for them."""
+        # Neighbours in a row that the same blocks need are read together.
+        strips: list[list[tuple[int, int]]] = []
+        for iy, ix in missing:
+            if strips and strips[-1][-1] == (iy, ix - 1) and self._uses[iy, ix - 1] == self._uses[iy, ix]:
+                strips[-1].append((iy, ix))
+            else:
+                strips.append([(iy, ix)])
+        ch, cw = self._cell
         try:
-            self._decode(missing, cells)
+            for strip in strips:
+                y0, x0 = strip[0][0] * ch, strip[0][1] * cw
+                y1, x1 = min(self._height, y0 + ch), min(self._width, x0 + len(strip) * cw)
+                rgb = to_rgb_uint8(np.asarray(self._array[:, y0:y1, x0:x1]), self._factor, corner=(y0, x0))
+                for i, cell in enumerate(strip):
+                    cells[cell].set_result(rgb[:, :, i * cw : (i + 1) * cw])
         except BaseException as error:
             for cell in missing:
                 if not cells[cell].done():
                     cells[cell].set_exception(error)
             raise
-
-    def _decode(self, missing: list[tuple[int, int]], cells: dict[tuple[int, int], Future[np.ndarray]]) -> None:
-        """Decode cells; neighbours in a row that the same blocks need are read together."""
-        ch, cw = self._cell
-        start = 0
-        while start < len(missing):
-            stop = start + 1
-            iy, ix = missing[start]
-            uses = self._uses[iy, ix]
-            while (
-                stop < len(missing) and missing[stop] == (iy, ix + stop - start) and self._uses[missing[stop]] == uses
-            ):
-                stop += 1
-            y0, y1 = iy * ch, min(self._height, (iy + 1) * ch)
-            x0, x1 = ix * cw, min(self._width, (ix + stop - start) * cw)
-            strip = to_rgb_uint8(np.asarray(self._array[:, y0:y1, x0:x1]), self._factor, corner=(y0, x0))
-            for i in range(stop - start):
-                cells[iy, ix + i].set_result(strip[:, :, i * cw : (i + 1) * cw])
-            start = stop
 
     def _evict(self, i: int) -> None:
         """Forget cells that no further block needs, and those needed last where there are too many."""

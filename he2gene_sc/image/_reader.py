@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +17,8 @@ from ._pyramid import Pyramid, direct
 
 #: Rows that are averaged at once: an even number, so small that sums stay in the processor's cache.
 _ROWS_AT_ONCE = 64
+#: Batches that are prepared while the caller uses one.
+_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class PatchReader:
         self.allocate = allocate
         self.n_readers = n_readers
         self._factor = factor
-        self._array: Any = direct(pyramid.levels[self.plan.level].array)
-        self._height, self._width = int(self._array.shape[1]), int(self._array.shape[2])
+        self.source: Any = direct(pyramid.levels[self.plan.level].array)
+        self._height, self._width = int(self.source.shape[1]), int(self.source.shape[2])
         # First column and row of each window, in pixels averaged by its factor.
         self._starts = []
         low = np.full((self.n_spots, 2), np.iinfo(np.int64).max)
@@ -96,17 +96,12 @@ class PatchReader:
         self._extents = np.stack([low[:, 1], high[:, 1], low[:, 0], high[:, 0]], axis=1)
         self._blocks: list[Block] = plan_blocks(
             self._extents,
-            row_step(self._array),
+            row_step(self.source),
             align=max(window.factor for window in self.plan.windows),
             height=self._height,
             width=self._width,
             max_bytes=BLOCK_BYTES,
         )
-
-    @property
-    def source(self) -> Any:
-        """Array that the pixels are read from."""
-        return self._array
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -116,45 +111,26 @@ class PatchReader:
     def batches(self) -> list[np.ndarray]:
         """Indices of the spots of each batch, in the order of iteration."""
         order = np.concatenate([block.spots for block in self._blocks]) if self._blocks else np.empty(0, np.intp)
-        found: list[np.ndarray] = []
-        done = 0
-        for left in range(len(self), 0, -1):
-            stop = done + self._batch_length(done, left)
-            found.append(order[done:stop])
-            done = stop
-        return found
+        return np.array_split(order, len(self)) if len(self) else []
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        """Yield batches, while a thread prepares the next ones."""
         return self.read_batches(None)
 
     def read_batches(self, numbers: Collection[int] | None) -> Iterator[PatchBatch]:
-        """Yield the batches with these numbers in their order (``None``: all); only the pixels that they need are read."""
-        ready: queue.Queue = queue.Queue(maxsize=2)
-        stop = threading.Event()
+        """Yield the batches with these numbers in their order (``None``: all); only the pixels that they need are read.
 
-        def produce() -> None:
-            try:
-                for batch in self._batches(numbers):
-                    if not _put(ready, batch, stop):
-                        return
-                _put(ready, None, stop)
-            except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
-                _put(ready, error, stop)
-
-        thread = threading.Thread(target=produce, name="he2gene-patches", daemon=True)
-        thread.start()
+        A thread prepares the next batches.
+        """
+        batches = self._batches(numbers)
+        pool = ThreadPoolExecutor(1, thread_name_prefix="he2gene-patches")
         try:
-            while True:
-                item = ready.get()
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            pending = deque(pool.submit(next, batches, None) for _ in range(_AHEAD))
+            while (batch := pending.popleft().result()) is not None:
+                pending.append(pool.submit(next, batches, None))
+                yield batch
         finally:
-            stop.set()
-            thread.join()
+            pool.shutdown(cancel_futures=True)
+            batches.close()
 
     def read_all(self) -> tuple[np.ndarray, ...]:
         """Return the patches of all spots in the order of ``centres``: one ``(n, 3, size, size)`` uint8 per window."""
@@ -164,7 +140,7 @@ class PatchReader:
                 whole[batch.index] = part
         return out
 
-    def _batches(self, numbers: Collection[int] | None) -> Iterator[PatchBatch]:
+    def _batches(self, numbers: Collection[int] | None) -> Generator[PatchBatch, None, None]:
         batches, blocks = self.batches, self._blocks
         if numbers is not None:
             batches = [batches[i] for i in sorted(numbers)]
@@ -173,7 +149,7 @@ class PatchReader:
             cropped = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
             blocks = [block for block in cropped if len(block.spots)]
         n_readers = min(self.n_readers, max(1, len(blocks)))
-        source = BlockSource(self._array, self._factor, blocks, self._extents, n_readers)
+        source = BlockSource(self.source, self._factor, blocks, self._extents, n_readers)
 
         def load(i: int) -> dict[int, np.ndarray]:
             return self._reduce(source.read(i))
@@ -204,9 +180,6 @@ class PatchReader:
     def _empty_patches(self, n: int) -> tuple[np.ndarray, ...]:
         shapes = [(n, 3, window.size, window.size) for window in self.plan.windows]
         return tuple(np.empty(x, np.uint8) if self.allocate is None else self.allocate(x) for x in shapes)
-
-    def _batch_length(self, done: int, left: int) -> int:
-        return -(-(self.n_spots - done) // max(1, left))
 
     def _reduce(self, pixels: np.ndarray) -> dict[int, np.ndarray]:
         """Average a block by each factor that a window needs, in steps of two."""
@@ -243,14 +216,3 @@ def halve(pixels: np.ndarray) -> np.ndarray:
         total = (pairs & 255) + (pairs >> 8)
         out[:, top // 2 : (top + total.shape[1]) // 2] = (total[:, 0::2] + total[:, 1::2] + 2) >> 2
     return out
-
-
-def _put(ready: queue.Queue, item: object, stop: threading.Event) -> bool:
-    """Put an item into the queue; return ``False`` if the reader was closed."""
-    while not stop.is_set():
-        try:
-            ready.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False

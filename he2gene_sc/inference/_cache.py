@@ -9,8 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +23,7 @@ import torch
 from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._network import FeatureExtractor
-from ._engine import Batches, encode
+from ._engine import encode
 from ._pixels import DIGEST_BYTES, Pixels
 
 #: Increased when the features of a key, or the layout of a file, change.
@@ -114,7 +115,7 @@ def cached_features(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if len(blocks) == 1:
         with torch.inference_mode():
-            _store(path, shape, _encode_batches(part, how, reader, progress))
+            _store(path, shape, ((batch.index, rows) for batch, rows in encode_part(part, how, reader, progress)))
     else:
         missing = _missing_blocks(blocks, progress)
         if fill is None:
@@ -141,23 +142,13 @@ class Block:
     spots: np.ndarray
 
 
-class _BatchSubset:
-    """A subset of the batches of a reader."""
-
-    def __init__(self, reader: PatchReader, wanted: Collection[int]):
-        self.batch_size, self._reader, self._wanted = reader.batch_size, reader, wanted
-
-    def __iter__(self) -> Iterator[PatchBatch]:
-        return self._reader.read_batches(self._wanted)
-
-
-def _encode_batches(
-    part: Part, how: Encoder, batches: Batches, progress: Progress
-) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
-    """Yield the spots of each batch and their features."""
+def encode_part(
+    part: Part, how: Encoder, batches: Iterable[PatchBatch], progress: Progress
+) -> Generator[tuple[PatchBatch, np.ndarray], None, None]:
+    """Yield each batch and the features of its spots."""
     options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "symmetries": how.symmetries}
     for batch, views in encode(part.extractor, batches, **options):
-        yield batch.index, views.float().cpu().numpy()
+        yield batch, views.float().cpu().numpy()
         if progress is not None:
             progress(len(batch.index))
 
@@ -206,13 +197,13 @@ def encode_blocks(
 ) -> None:
     """Encode blocks and write one file for each; ``shape`` is that of the features of one spot."""
     wanted = [i for block in blocks for i in block.batches]
-    batches = _encode_batches(part, how, _BatchSubset(part.reader, wanted), progress)
+    batches = encode_part(part, how, part.reader.read_batches(wanted), progress)
     with torch.inference_mode(), contextlib.closing(batches):
         for block in blocks:
             row_of_spot = {int(spot): row for row, spot in enumerate(block.spots)}
             rows = (
-                (np.array([row_of_spot[int(spot)] for spot in index]), views)
-                for _, (index, views) in zip(block.batches, batches, strict=False)
+                (np.array([row_of_spot[int(spot)] for spot in batch.index]), views)
+                for _, (batch, views) in zip(block.batches, batches, strict=False)
             )
             _store(block.path, (len(block.spots), *shape), rows)
 
@@ -234,23 +225,26 @@ def _join_blocks(blocks: Sequence[Block], path: Path, n_spots: int) -> Iterator[
 
 def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
     """Write a file of the cache atomically, from pairs of row indices and rows."""
-    folder, n_bytes = path.parent, 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
-    with explain_write_errors(folder, n_bytes):
-        handle, temporary = tempfile.mkstemp(prefix=f".{_PREFIX}", suffix=".part", dir=folder)
+    n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
+    # Errors of the image, from which the parts are computed, are not errors of writing.
+    explained = partial(explain_write_errors, path.parent, n_bytes)
+    with explained():
+        handle, temporary = tempfile.mkstemp(prefix=f".{_PREFIX}", suffix=".part", dir=path.parent)
     try:
         with os.fdopen(handle, "w+b", buffering=0) as stream:
-            with explain_write_errors(folder, n_bytes):
+            with explained():
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
             offset = stream.tell()
             for index, rows in parts:
-                for row in np.argsort(index):
-                    stream.seek(offset + int(index[row]) * rows[0].nbytes)
-                    _write(stream, rows[row].tobytes(), n_bytes, folder)
-            _write(stream, _digest(stream, offset + n_bytes - DIGEST_BYTES), n_bytes, folder)
-            with explain_write_errors(folder, n_bytes):
+                with explained():
+                    for row in np.argsort(index):
+                        stream.seek(offset + int(index[row]) * rows[0].nbytes)
+                        _write(stream, rows[row].tobytes())
+            with explained():
+                _write(stream, _digest(stream, offset + n_bytes - DIGEST_BYTES))
                 os.fsync(stream.fileno())
-        with explain_write_errors(folder, n_bytes):
+        with explained():
             # mkstemp makes private files, but a cache is shared like its folder.
             Path(temporary).chmod(0o644)
             Path(temporary).replace(path)
@@ -290,12 +284,11 @@ def _shape(part: Part, how: Encoder) -> tuple[int, ...]:
         return tuple(part.extractor(blank, how.symmetries).shape[1:])
 
 
-def _write(stream: BinaryIO, data: bytes, n_bytes: int, folder: Path) -> None:
+def _write(stream: BinaryIO, data: bytes) -> None:
     """Write all bytes; an unbuffered file may accept only a part at a time."""
     view = memoryview(data)
-    with explain_write_errors(folder, n_bytes):
-        while view:
-            view = view[stream.write(view) :]
+    while view:
+        view = view[stream.write(view) :]
 
 
 def _digest(stream: BinaryIO, n_bytes: int) -> bytes:

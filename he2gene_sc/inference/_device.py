@@ -15,26 +15,27 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """Return an available device for a name or ``"auto"``."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = [kind for kind, is_usable in usable.items() if is_usable]
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    present = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    present += ["mps"] if torch.backends.mps.is_available() else []
+        return torch.device(present[0])
+    valid = f"valid here: 'auto', {', '.join(map(repr, present))}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"`device` {device!r} is unknown; valid here: 'auto', {', '.join(map(repr, present))}"
-        ) from error
+        raise ValueError(f"`device` {device!r} is unknown; {valid}") from error
     if found.type not in present or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"`device` {device!r} is not present; valid here: 'auto', {', '.join(map(repr, present))}")
+        raise ValueError(f"`device` {device!r} is not present; {valid}")
     return found
 
 
 def allocator(device: torch.device) -> Callable[[tuple[int, ...]], np.ndarray] | None:
     """Return a function that allocates page-locked arrays of patches for CUDA; ``None`` for other devices."""
     return _page_locked if device.type == "cuda" else None
+
+
+def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def n_readers(device: torch.device, wanted: int | None) -> int:
@@ -45,10 +46,6 @@ def n_readers(device: torch.device, wanted: int | None) -> int:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(_MOST_READERS, cores)
-
-
-def _page_locked(shape: tuple[int, ...]) -> np.ndarray:
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,30 +152,19 @@ def _probabilities(network: Network, features: SpotFeatures, device: torch.devic
     return np.concatenate(found)
 
 
-class Batches(Protocol):
-    """Batches of patches, each of at most ``batch_size`` spots."""
-
-    batch_size: int
-
-    def __iter__(self) -> Iterator[PatchBatch]:
-        """Yield the batches."""
-        ...
-
-
 def encode(
     extractor: FeatureExtractor,
-    reader: Batches,
+    batches: Iterable[PatchBatch],
     *,
     device: torch.device,
     dtype: torch.dtype,
     symmetries: tuple[tuple[int, bool], ...] = SYMMETRIES[:1],
 ) -> Iterator[tuple[PatchBatch, torch.Tensor]]:
     """Yield each batch with its features ``(b, r, f)`` float32 on the device; batches are halved if memory runs out."""
-    size = min(reader.batch_size, _CPU_BATCH) if device.type == "cpu" else reader.batch_size
+    size = _CPU_BATCH if device.type == "cpu" else sys.maxsize
     in_flight: deque[tuple[Any, PatchBatch]] = deque()
-    heap = keep_heap() if device.type == "cpu" else contextlib.nullcontext()
-    with heap:
-        for batch in reader:
+    with keep_heap(device.type):
+        for batch in batches:
             parts: list[torch.Tensor] = []
             start = 0
             while start < len(batch.index):

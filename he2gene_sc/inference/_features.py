@@ -14,8 +14,7 @@ import scipy.sparse
 import torch
 
 from ..models._ood import SlideFacts
-from ._cache import Encoder, Part, Progress, cached_features, feature_facts
-from ._engine import encode
+from ._cache import Encoder, Part, Progress, cached_features, encode_part, feature_facts
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels, windows_for_quality
 from ._workers import Workers
@@ -57,13 +56,14 @@ def read_features(
     for part in parts:
         if folder is None:
             part_pixels = Pixels(part.reader)
-            values.append(_encode_part(part, how, part_pixels, progress))
+            values.append(_encode_in_memory(part, how, part_pixels, progress))
         else:
             part_pixels, found = _read_or_encode(part, how, folder, progress, workers)
             values.append(found)
         pixels.append(part_pixels)
-    features = SpotFeatures(_assemble(parts, values), combine_facts(parts, pixels), centres_um)
-    return features, _facts(parts, how, pixels)
+    weights = tuple(part.weights for part in parts if part.weights is not None)
+    joined = Interpolated(tuple(values), weights, parts[0].extractor.fusion) if weights else values[0]
+    return SpotFeatures(joined, combine_facts(parts, pixels), centres_um), _facts(parts, how, pixels)
 
 
 def read_pixels(parts: Sequence[Part], how: Encoder) -> tuple[SlideFacts, dict[str, str]]:
@@ -107,20 +107,16 @@ def _digest(weights: scipy.sparse.csr_array) -> str:
     return found.hexdigest()
 
 
-def _encode_part(part: Part, how: Encoder, part_pixels: Pixels, progress: Progress) -> np.ndarray:
-    out: np.ndarray | None = None
-    extractor = part.extractor.to(how.device)
+def _encode_in_memory(part: Part, how: Encoder, part_pixels: Pixels, progress: Progress) -> np.ndarray:
+    out = np.empty((0, 1, 0), np.float32)
+    part.extractor.to(how.device)
     with torch.inference_mode():
-        for batch, views in encode(
-            extractor, part.reader, device=how.device, dtype=how.dtype, symmetries=how.symmetries
-        ):
-            if out is None:
+        for batch, views in encode_part(part, how, part.reader, progress):
+            if not len(out):
                 out = np.empty((part.reader.n_spots, *views.shape[1:]), np.float32)
-            out[batch.index] = views.float().cpu().numpy()
+            out[batch.index] = views
             part_pixels.add(batch)
-            if progress is not None:
-                progress(len(batch.index))
-    return np.empty((0, 1, 0), np.float32) if out is None else out
+    return out
 
 
 def _read_or_encode(
@@ -136,10 +132,3 @@ def _read_or_encode(
         fill = None if shared is None else partial(shared.fill, progress=progress)
         found = cached_features(part, how, folder, progress, pixels=part_pixels.sha256, fill=fill)
     return part_pixels, found
-
-
-def _assemble(parts: Sequence[Part], values: Sequence[np.ndarray]) -> np.ndarray | Interpolated:
-    weights = tuple(part.weights for part in parts if part.weights is not None)
-    if not weights:
-        return values[0]
-    return Interpolated(tuple(values), weights, parts[0].extractor.fusion)

@@ -1,7 +1,6 @@
 from ._card import ModelCard
-from ._encoders.catalogue import encoders
 from ._encoders.load import load_encoder
-from ._encoders.registry import ENCODERS, EncoderSpec
+from ._encoders.registry import ENCODERS, EncoderSpec, encoders
 from ._load import BUNDLED, load
 from ._model import HE2Gene
 from ._paper import from_checkpoint

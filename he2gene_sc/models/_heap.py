@@ -14,12 +14,12 @@ _DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD = 2**25, 2**26, 2**17
 
 
 @contextlib.contextmanager
-def keep_heap() -> Iterator[None]:
-    """Let glibc reuse the large arrays that a network frees, and return them to the system afterwards.
+def keep_heap(device: str = "cpu") -> Iterator[None]:
+    """Let glibc reuse the large arrays that a network on the CPU frees, and return them to the system afterwards.
 
     Mapping arrays above 32 MB anew takes longer than the convolutions (``tests/benchmarks/bench_predict.py``).
     """
-    if platform.libc_ver()[0] != "glibc":
+    if device != "cpu" or platform.libc_ver()[0] != "glibc":
         yield
         return
     libc = ctypes.CDLL(None)

@@ -30,19 +30,26 @@ _INTEGERS = ("colour.genes", "intervals.groups", DETECTED[1], LEVELS[1])
 _MAY_BE_NOT_FINITE = ("intervals.quantiles", DETECTED[0], LEVELS[0])
 _MAX_LISTED = 5
 
+#: Shape of a tensor; ``None`` is any number.
+_Shape = tuple[int | None, ...]
+
 
 def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
     """Check names, types, shapes and finite values of tensors against the card; ``where`` names the file in errors."""
     _check_names(card, tensors, where)
     for name, values in tensors.items():
         _check_values(name, values, where)
-    sizes = _Sizes(card, tensors)
-    for name, (shape, reason) in sizes.expected().items():
+    for name, (shape, reason) in _expected_shapes(card, tensors).items():
         found = tensors[name].shape
         if len(found) != len(shape) or any(n is not None and n != m for n, m in zip(shape, found, strict=True)):
             valid = ", ".join("any" if n is None else str(n) for n in shape)
             raise ValueError(f"{where}: tensor {name!r} has shape {found}; ({valid}) is needed for {reason}")
-    sizes.check_features(where)
+    f, windows = len(tensors.get("latent.mean", ())), len(card.windows_um)
+    if "latent.mean" in tensors and card.fusion == "concat" and (f <= _n_colour(card) or f % windows):
+        raise ValueError(
+            f"{where}: tensor 'latent.mean' has {f} features, which are not those of {windows} windows "
+            f"(`windows_um`), each with {N_COLOUR} colours"
+        )
     _check_ranges(card, tensors, where)
 
 
@@ -106,85 +113,57 @@ def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
         raise ValueError(f"{where}: tensor {LEVELS[0]!r} holds values that are missing")
 
 
-class _Sizes:
-    """Sizes from which the expected shapes of tensors follow."""
+def _expected_shapes(card: ModelCard, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[_Shape, str]]:
+    """Return the shape of each tensor that follows from the card and from other tensors, and the reason."""
 
-    def __init__(self, card: ModelCard, tensors: Mapping[str, np.ndarray]):
-        self.card, self.tensors = card, tensors
-        self.g, self.k, self.c = card.n_genes, card.n_latent, len(card.classes)
-        self.windows = len(card.windows_um)
-        self.n_rings = 0 if card.context is None else len(card.context["rings_um"])
-        self.f = self._axis("latent.mean", 0)
+    def axis(name: str, number: int) -> int:
+        shape = tensors[name].shape if name in tensors else ()
+        return shape[number] if len(shape) > number else 0
 
-    def _axis(self, name: str, axis: int) -> int:
-        shape = self.tensors[name].shape if name in self.tensors else ()
-        return shape[axis] if len(shape) > axis else 0
+    def n_rings(context: Mapping[str, Any] | None) -> int:
+        return 0 if context is None else len(context["rings_um"])
 
-    def expected(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        """Return the expected shape of each tensor, and its reason; ``None`` is any number."""
-        g, k, c, f = self.g, self.k, self.c, self.f
-        p = self._axis("latent.projection", 1)
-        genes, latent = f"{g} genes (`n_genes`)", f"{k} components (`n_latent`)"
-        classes = f"{c} classes and {latent}"
-        features = f"{f} features, as in 'latent.mean'"
-        shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
-            "genes.weight": ((k, g), f"{latent} and {genes}"),
-            "genes.bias": ((g,), genes),
-            "annotation.weight": ((k, c), classes)
-            if self.card.annotation is None
-            else self._own_annotation(self.card.annotation),
-            "annotation.mean": ((f,), features),
-            "annotation.scale": ((f,), features),
-            "annotation.projection": ((f, None), features),
-            "annotation.bias": ((c,), classes),
-            "latent.mean": ((None,), "the features"),
-            "latent.scale": ((f,), features),
-            "latent.projection": ((f, None), features),
-            "latent.mixing": ((p * (1 + self.n_rings), k), f"{p} components, {self.n_rings} rings and {latent}"),
-            "colour.weight": ((N_COLOUR * self.windows, None), f"the colour of {self.windows} windows"),
-            "colour.bias": ((self._axis("colour.weight", 1),), "the genes of 'colour.weight'"),
-            "colour.genes": ((self._axis("colour.weight", 1),), "the genes of 'colour.weight'"),
-        }
-        if self.card.intervals is not None:
-            levels = len(self.card.intervals["levels"])
-            shapes["intervals.quantiles"] = ((1 + c, levels, g), f"{c} classes, {levels} levels and {genes}")
-            shapes["intervals.groups"] = ((1 + c, g), f"{c} classes and {genes}")
-            shapes["intervals.spread"] = ((2, g), genes)
-            if DETECTED[0] in self.tensors:
-                shapes[DETECTED[0]] = ((levels, g), f"{levels} levels and {genes}")
-                shapes[DETECTED[1]] = ((g,), genes)
-            if LEVELS[0] in self.tensors:
-                n = self._axis(LEVELS[1], 0)
-                by_level = f"{n - 1} predicted levels and {genes}"
-                shapes[LEVELS[0]] = ((2, n, len(TAILS), g), by_level)
-                shapes[LEVELS[1]] = ((n, g), by_level)
-                shapes[LEVELS[2]] = ((max(n - 2, 0), g), by_level)
-        if self.card.guard is not None:
-            d = self._axis(PROJECTION, 1)
-            encoded = max(0, f - self.n_colour) // self.windows
-            shapes[PROJECTION] = ((f, None), features)
-            n_colours = 0 if "rest" in self.card.guard else self.n_colour
-            shapes[BANK] = ((None, d + n_colours), f"{d} components and {n_colours} colours")
-            shapes |= dict.fromkeys(_OWN_GUARD, ((f,), features))
-            has_size = self.windows > 1 and "tiles" not in self.card.encoder
-            shapes[SIZE] = ((encoded + 1 if has_size else 0,), f"{encoded} features of a window")
-        return {name: wanted for name, wanted in shapes.items() if name in self.tensors}
+    g, k, c, f = card.n_genes, card.n_latent, len(card.classes), axis("latent.mean", 0)
+    genes, latent = f"{g} genes (`n_genes`)", f"{k} components (`n_latent`)"
+    features, classes = f"{f} features, as in 'latent.mean'", f"{c} classes and {latent}"
+    p, rings = axis("latent.projection", 1), n_rings(card.context)
+    annotation: tuple[_Shape, str] = ((k, c), classes)
+    if card.annotation is not None:
+        own_p, own_rings = axis("annotation.projection", 1), n_rings(card.annotation["context"])
+        reason = f"{own_p} components of the annotation, {own_rings} rings and {c} classes"
+        annotation = ((own_p * (1 + own_rings), c), reason)
+    windows, coloured = len(card.windows_um), axis("colour.weight", 1)
+    levels, n = len((card.intervals or {}).get("levels", ())), axis(LEVELS[1], 0)
+    by_level = f"{n - 1} predicted levels and {genes}"
+    d, n_colour = axis(PROJECTION, 1), _n_colour(card)
+    encoded, bank_colours = max(0, f - n_colour) // windows, 0 if "rest" in (card.guard or {}) else n_colour
+    has_size = windows > 1 and "tiles" not in card.encoder
+    shapes: dict[str, tuple[_Shape, str]] = {
+        "genes.weight": ((k, g), f"{latent} and {genes}"),
+        "genes.bias": ((g,), genes),
+        "latent.mean": ((None,), "the features"),
+        **dict.fromkeys(("annotation.mean", "annotation.scale", "latent.scale", *_OWN_GUARD), ((f,), features)),
+        **dict.fromkeys(("annotation.projection", "latent.projection", PROJECTION), ((f, None), features)),
+        "annotation.weight": annotation,
+        "annotation.bias": ((c,), classes),
+        "latent.mixing": ((p * (1 + rings), k), f"{p} components, {rings} rings and {latent}"),
+        "colour.weight": ((N_COLOUR * windows, None), f"the colour of {windows} windows"),
+        "colour.bias": ((coloured,), "the genes of 'colour.weight'"),
+        "colour.genes": ((coloured,), "the genes of 'colour.weight'"),
+        "intervals.quantiles": ((1 + c, levels, g), f"{c} classes, {levels} levels and {genes}"),
+        "intervals.groups": ((1 + c, g), f"{c} classes and {genes}"),
+        "intervals.spread": ((2, g), genes),
+        DETECTED[0]: ((levels, g), f"{levels} levels and {genes}"),
+        DETECTED[1]: ((g,), genes),
+        LEVELS[0]: ((2, n, len(TAILS), g), by_level),
+        LEVELS[1]: ((n, g), by_level),
+        LEVELS[2]: ((max(n - 2, 0), g), by_level),
+        BANK: ((None, d + bank_colours), f"{d} components and {bank_colours} colours"),
+        SIZE: ((encoded + 1 if has_size else 0,), f"{encoded} features of a window"),
+    }
+    return {name: wanted for name, wanted in shapes.items() if name in tensors}
 
-    def _own_annotation(self, annotation: Mapping[str, Any]) -> tuple[tuple[int | None, ...], str]:
-        p, rings = self._axis("annotation.projection", 1), len(annotation["context"]["rings_um"])
-        return (p * (1 + rings), self.c), f"{p} components of the annotation, {rings} rings and {self.c} classes"
 
-    @property
-    def n_colour(self) -> int:
-        """Number of colour features of a spot: 0 if every window is a view."""
-        return N_COLOUR * self.windows if self.card.fusion == "concat" else 0
-
-    def check_features(self, where: str) -> None:
-        """Check that the number of features is a multiple of the number of windows."""
-        if "latent.mean" not in self.tensors or self.card.fusion != "concat":
-            return
-        if self.f <= self.n_colour or self.f % self.windows:
-            raise ValueError(
-                f"{where}: tensor 'latent.mean' has {self.f} features, which are not those of {self.windows} windows "
-                f"(`windows_um`), each with {N_COLOUR} colours"
-            )
+def _n_colour(card: ModelCard) -> int:
+    """Return the number of colour features of a spot: 0 if every window is a view."""
+    return N_COLOUR * len(card.windows_um) if card.fusion == "concat" else 0

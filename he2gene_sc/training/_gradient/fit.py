@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import tempfile
@@ -92,12 +91,11 @@ def fit_network(
             n_genes=data.targets.shape[1],
             n_held_out=len(predicted),
         )
-    heap = keep_heap() if accelerator == "cpu" else contextlib.nullcontext()
     with (
         tempfile.TemporaryDirectory(prefix="he2gene-") as temporary,
         silence_lightning(),
         torch.random.fork_rng(),
-        heap,
+        keep_heap(accelerator),
     ):
         folder = Path(temporary if run.checkpoint_dir is None else run.checkpoint_dir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
