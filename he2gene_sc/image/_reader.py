@@ -67,8 +67,6 @@ class PatchReader:
         outside = (centres < 0).any(1) | (centres[:, 0] > pyramid.width) | (centres[:, 1] > pyramid.height)
         if outside.any():
             raise ValueError(f"`centres` has {int(outside.sum())} spots outside the image, first {centres[outside][0]}")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` is {batch_size}; at least 1 is needed")
         self.plan: ReadPlan = plan_windows(pyramid, mpp, tuple(windows_um), input_px)
         self.centres = centres
         self.mpp = mpp

@@ -6,7 +6,6 @@ import numpy as np
 
 from .._core.logs import logger
 
-UNITS = ("patient", "section", "block")
 #: Limitations of held-out metrics, by the unit that was held out.
 UNIT_LIMITATIONS = {
     "section": (
@@ -43,15 +42,6 @@ def grouped_folds(
     >>> grouped_folds(np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1]))
     ('patient', array([0, 0, 0, 1]))
     """
-    sections, patients = np.asarray(sections), np.asarray(patients)
-    if sections.shape != patients.shape or sections.ndim != 1 or not len(sections):
-        raise ValueError(
-            f"`sections` {sections.shape} and `patients` {patients.shape} must both have one code per spot, (n,)"
-        )
-    if unit not in (None, *UNITS):
-        raise ValueError(f"`unit` is {unit!r}, valid: {list(UNITS)}")
-    if n_folds is not None and n_folds < 2:
-        raise ValueError(f"`n_folds` is {n_folds}; at least 2 are needed, so that one can be held out")
     if unit is None:
         several = {"patient": len(np.unique(patients)) > 1, "section": len(np.unique(sections)) > 1}
         unit = next((name for name, found in several.items() if found), "block")
@@ -83,9 +73,7 @@ def _balance(sizes: np.ndarray, n_folds: int) -> np.ndarray:
 
 
 def _blocks(sections: np.ndarray, coordinates: np.ndarray | None, n_folds: int) -> np.ndarray:
-    if coordinates is None or np.shape(coordinates) != (len(sections), 2):
-        raise ValueError("`coordinates` of the spots, (n, 2), are needed to hold out blocks of a section")
-    coordinates = np.asarray(coordinates, float)
+    assert coordinates is not None
     folds = np.empty(len(sections), np.intp)
     for section in np.unique(sections):
         rows = np.flatnonzero(sections == section)

@@ -401,13 +401,6 @@ def test_centres_must_be_finite_pairs_inside_the_image(centres):
         PatchReader(Pyramid.single(random_image(10, 10)), np.array(centres), 1.0, windows_um=(5.0,), input_px=5)
 
 
-def test_batch_size_must_be_at_least_one():
-    with pytest.raises(ValueError, match="`batch_size`"):
-        PatchReader(
-            Pyramid.single(random_image(9, 9)), np.ones((1, 2)), 1.0, windows_um=(5.0,), input_px=5, batch_size=0
-        )
-
-
 # read_reduced
 
 

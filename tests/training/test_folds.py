@@ -61,10 +61,6 @@ def test_folds_are_deterministic():
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"unit": "spot"}, "`unit` is 'spot', valid"),
-        ({"n_folds": 1}, "`n_folds` is 1"),
-        ({"unit": "block"}, "`coordinates` of the spots"),
-        ({"patients": np.zeros(3, int)}, "must both have one code per spot"),
         ({"patients": np.zeros_like(SECTIONS), "unit": "patient"}, "there is only one"),
         ({"unit": "block", "coordinates": np.zeros((len(SECTIONS), 2)), "n_folds": 11}, "10 spots cannot be cut"),
     ],
@@ -133,17 +129,3 @@ def test_neighbours_are_mutual():
 
 def test_a_single_spot_has_no_neighbour():
     assert (neighbour_table(np.zeros((1, 2))) == -1).all()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ((np.zeros((3, 3)),), "finite x and y"),
-        ((np.full((3, 2), np.nan),), "finite x and y"),
-        ((square(), 0.0), "`pitch_um` is 0"),
-        ((square(), 200.0, np.zeros(3)), "one code per spot"),
-    ],
-)
-def test_invalid_coordinates_raise(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        neighbour_table(*arguments)

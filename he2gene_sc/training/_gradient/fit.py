@@ -65,13 +65,10 @@ def fit_network(
     """
     run = RunOptions() if run is None else run
     rows = Split(*rows) if rows else split(data, preset, validation, seed)
-    _check(data, preset, rows, run)
+    _check(data, rows)
+    run.check_folder()
     if n_classes is None:
         n_classes = int(data.codes.max(initial=-1)) + 1
-    if preset.exact and n_classes > 2:
-        raise ValueError(
-            f"`preset` is exact: its annotation has one logit for two classes; there are {n_classes} classes"
-        )
     predicted = rows.held_out if predicted is None else predicted
     from lightning.pytorch import Trainer
 
@@ -148,29 +145,16 @@ def fit_network(
         tensors = name_tensors(module)
         temperature = None if preset.exact else calibrate(module, spec, tensors, rows.held_out, preset.tta)
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
-    return Fitted(
-        tensors,
-        keeper.history,
-        keeper.best_epoch,
-        rows.unit,
-        predicted,
-        expression,
-        proba,
-        rows.train,
-        spec,
-        temperature,
-    )
+    found = predicted, expression, proba, rows.train, spec, temperature
+    return Fitted(tensors, keeper.history, keeper.best_epoch, rows.unit, *found)
 
 
-def _check(data: PatchSet, preset: Preset, rows: Split, run: RunOptions) -> None:
-    if preset.neighbour_weight > 0 and data.neighbours is None:
-        raise ValueError(f"preset {preset.name!r} needs neighbours; `data` has none")
+def _check(data: PatchSet, rows: Split) -> None:
     if len(rows.train) < 2 or not len(rows.held_out):
         raise ValueError(f"{len(rows.train)} training and {len(rows.held_out)} held-out spots are too few")
     for part, chosen in (("training", rows.train), ("held-out", rows.held_out)):
         if all(np.isnan(values[:, data.target_mask]).all() for _, values in blocks(data.targets, chosen)):
             raise ValueError(f"no {part} section measured any of the target genes")
-    run.check_folder()
 
 
 def _facts(data: PatchSet, preset: Preset, spec: EncoderSpec, rows: Split, seed: int) -> dict[str, Any]:

@@ -27,7 +27,6 @@ class Targets:
         self.shape = (int(self._starts[-1]), self.measured.shape[1])
 
     def __len__(self) -> int:
-        """Return the number of spots."""
         return self.shape[0]
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
@@ -62,7 +61,7 @@ def column_means(targets: np.ndarray | Targets, rows: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PatchSet:
-    """Data of the training spots; arrays are checked for length, type and values."""
+    """Data of the training spots."""
 
     patches: np.ndarray  # (n, 3, s, s) uint8 of the training window; may be a memory map
     targets: np.ndarray | Targets  # (n, g) float32 log-normalised; NaN if not measured
@@ -73,31 +72,7 @@ class PatchSet:
     coordinates: np.ndarray | None = None  # (n, 2) µm, for blocks
     neighbours: np.ndarray | None = None  # (n, 8), see neighbour_table
 
-    def __post_init__(self) -> None:
-        n, shape = len(self.targets), np.shape(self.patches)
-        if len(shape) != 4 or shape[:2] != (n, 3) or shape[2] != shape[3] or self.patches.dtype != np.uint8:
-            raise ValueError(f"`patches` is {shape} {self.patches.dtype}; ({n}, 3, s, s) uint8 is needed")
-        for name in ("codes", "sections", "patients", "coordinates", "neighbours"):
-            value = getattr(self, name)
-            if value is not None and len(value) != n:
-                raise ValueError(f"`{name}` has {len(value)} entries for {n} spots")
-        if np.shape(self.target_mask) != (self.targets.shape[1],) or not np.any(self.target_mask):
-            raise ValueError(
-                f"`target_mask` must have one bool for each of {self.targets.shape[1]} genes, with at least one target"
-            )
-        # fmin and fmax ignore NaN, without a second array of this size.
-        parts = [p.data for p in self.targets.sections] if isinstance(self.targets, Targets) else [self.targets]
-        if any(
-            np.fmin.reduce(p, axis=None, initial=0) < 0 or np.isinf(np.fmax.reduce(p, axis=None))
-            for p in parts
-            if p.size
-        ):
-            raise ValueError("`targets` has values below 0 or infinite ones; log-normalised counts are needed")
-        if self.neighbours is not None and (np.max(self.neighbours, initial=-1) >= n):
-            raise ValueError(f"`neighbours` names spot {np.max(self.neighbours)}, there are {n}")
-
     def __len__(self) -> int:
-        """Return the number of spots."""
         return len(self.targets)
 
 
@@ -123,7 +98,7 @@ class BatchLoader:
         self.data, self.rows, self.batch_size, self.seed = data, rows, batch_size, seed
         self.neighbours, self.allowed = data.neighbours if neighbours else None, allowed
         self.rank, self.world = rank, world
-        self.epoch = self.position = 0
+        self.epoch = self.position = 0  # of the next batch
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -132,11 +107,9 @@ class BatchLoader:
         return max(1, full + (rest >= 2 * self.world))
 
     def state_dict(self) -> dict[str, int]:
-        """Return the position of the next batch."""
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Set the position of the next batch."""
         self.epoch, self.position = state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -195,7 +168,6 @@ class RowLoader:
         self.data, self.rows, self.batch_size = data, rows[rank::world], max(1, batch_size // world)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -231,15 +203,7 @@ def neighbour_table(
     from scipy.spatial import KDTree
 
     coordinates = np.asarray(coordinates, float)
-    if coordinates.ndim != 2 or coordinates.shape[1] != 2 or not np.isfinite(coordinates).all():
-        raise ValueError(
-            f"`coordinates` has shape {coordinates.shape}; finite x and y of each spot, (n, 2), are needed"
-        )
-    if pitch_um is not None and not (np.isfinite(pitch_um) and pitch_um > 0):
-        raise ValueError(f"`pitch_um` is {pitch_um}; a positive number of µm is needed")
-    sections = np.zeros(len(coordinates), int) if sections is None else np.asarray(sections)
-    if sections.shape != (len(coordinates),):
-        raise ValueError(f"`sections` has shape {sections.shape}; one code per spot, ({len(coordinates)},), is needed")
+    sections = np.zeros(len(coordinates), int) if sections is None else sections
     table = np.full((len(coordinates), N_NEIGHBOURS), -1, np.int64)
     for section in np.unique(sections):
         rows = np.flatnonzero(sections == section)

@@ -37,11 +37,6 @@ class Preset:
     validation_share: float = 0.1  # of spots, or approximately of patients
     exact: bool = False  # one logit for two classes, uncalibrated, single precision, as in the paper
 
-    def __post_init__(self) -> None:
-        for name in ("max_epochs", "patience", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; more than 0 is needed")
-
     def exact_recipe(self) -> Preset:
         """Return the exact recipe, with windows of 75, 150 and 225 px in the images of the paper."""
         windows = tuple(round(px * PAPER_MPP, 4) for px in PAPER_WINDOWS_PX)
