@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 
@@ -30,34 +30,33 @@ def expression_figures(
 
     The intervals are from a bootstrap over blocks of each section, conditional on these patients and sections.
     """
-    n_target, n_variable = len(held_out.panel[0].target), len(held_out.panel[0].variable)
-    names = (f"{n_target} target genes", f"{n_variable} most variable genes")
-    intervals = [interval(panel, s.centres_um) for s, panel in zip(sections, held_out.panel, strict=True)]
-    partial = [
-        partial_correlations(*found)
-        for found in zip(held_out.panel, (s.totals for s in sections), held_out.parts, strict=True)
-    ]
-    ceilings = [_ceiling(section, panel) for section, panel in zip(sections, held_out.panel, strict=True)]
+    partial = zip(held_out.panel, (section.totals for section in sections), held_out.parts, strict=True)
+    own = list(zip(sections, held_out.panel, strict=True))
+    # Values of both panels, by section.
+    tables: dict[str, list[Any]] = {
+        "mean Pearson": [panel.scores() for panel in held_out.panel],
+        BLOCK_BOOTSTRAP: [interval(panel, section.centres_um) for section, panel in own],
+        "mean partial Pearson given the spots' counts": [partial_correlations(*found) for found in partial],
+        **{title: [panel.scores() for panel in baseline.panel] for title, baseline in baselines.items()},
+        "noise ceiling": [_ceiling(section, panel) for section, panel in own],
+    }
     figures: dict[str, dict[str, object]] = {}
-    for panel_index, name in enumerate(names):
-        rows: dict[str, dict[str, object]] = {
-            f"mean Pearson, {name}": {},
-            f"{BLOCK_BOOTSTRAP}, {name}": {},
-            f"mean partial Pearson given the spots' counts, {name}": {},
-            **{f"{title}, {name}": {} for title in baselines},
-            f"noise ceiling, {name}": {},
-        }
-        plain_row, intervals_row, partial_row, *baseline_rows, ceiling_row = rows.values()
-        for i, section in enumerate(sections):
-            plain_row[section.name] = _round(held_out.panel[i].scores()[panel_index])
-            if np.isfinite(intervals[i]).all():
-                intervals_row[section.name] = [_round(q) for q in intervals[i][panel_index]]
-            partial_row[section.name] = _round(partial[i][panel_index])
-            for row, baseline in zip(baseline_rows, baselines.values(), strict=True):
-                row[section.name] = _round(baseline.panel[i].scores()[panel_index])
-            ceiling_row[section.name] = _round(ceilings[i][panel_index])
-        figures |= {title: row for title, row in rows.items() if row}
+    for i, panel_title in enumerate(_panel_titles(held_out)):
+        for title, values in tables.items():
+            row: dict[str, object] = {}
+            for section, found in zip(sections, values, strict=True):
+                if title != BLOCK_BOOTSTRAP:
+                    row[section.name] = _round(found[i])
+                elif np.isfinite(found).all():
+                    row[section.name] = [_round(end) for end in found[i]]
+            if row:
+                figures[f"{title}, {panel_title}"] = row
     return figures
+
+
+def _panel_titles(held_out: HeldOut) -> tuple[str, str]:
+    panel = held_out.panel[0]
+    return f"{len(panel.target)} target genes", f"{len(panel.variable)} most variable genes"
 
 
 def paired_figures(
@@ -72,13 +71,11 @@ def paired_figures(
     for name, reference in references.items():
         pairs = mean_by_patient(own - [panel.scores() for panel in reference.panel], names)
         mean, low, high = bounds(pairs, most=2)
-        first = held_out.panel[0]
-        titles = f"{len(first.target)} target genes", f"{len(first.variable)} most variable genes"
-        for panel_index, title in enumerate(titles):
-            row: dict[str, object] = {group: _round(pairs[i, panel_index]) for i, group in enumerate(groups)}
-            row[f"mean of {group_unit}s"] = _round(mean[panel_index])
-            if np.isfinite(low[panel_index]):
-                row["95 % interval"] = [_round(low[panel_index]), _round(high[panel_index])]
+        for i, title in enumerate(_panel_titles(held_out)):
+            row: dict[str, object] = {group: _round(pair) for group, pair in zip(groups, pairs[:, i], strict=True)}
+            row[f"mean of {group_unit}s"] = _round(mean[i])
+            if np.isfinite(low[i]):
+                row["95 % interval"] = [_round(low[i]), _round(high[i])]
             figures[f"{PAIRED} {name}, {title}"] = row
     return figures
 
@@ -147,11 +144,14 @@ def annotation_figures(
     from scipy.special import softmax
     from sklearn.metrics import roc_auc_score
 
-    figures: dict[str, dict[str, object]] = {}
     usable = [
         np.flatnonzero((section.codes >= 0) & np.isfinite(logits).all(1))
         for section, logits in zip(sections, held_out.logits, strict=True)
     ]
+
+    def join(values: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([part[rows] for part, rows in zip(values, usable, strict=True)])
+
     accuracy: dict[str, object] = {}
     for section, logits, rows in zip(sections, held_out.logits, usable, strict=True):
         recall = balanced_accuracy(section.codes[rows], logits[rows])
@@ -159,29 +159,25 @@ def annotation_figures(
             accuracy[section.name] = _round(recall)
     if not accuracy:
         return {}
-    figures["balanced accuracy of the annotation"] = accuracy
-    codes = np.concatenate([section.codes[rows] for section, rows in zip(sections, usable, strict=True)])
-    calibrated_logits = (
-        calibrate_logits(sections, held_out, calibration_folds, exclude_patient=exclude_patient)
-        if is_calibrated
-        else held_out.logits
-    )
-    proba = softmax(
-        np.concatenate([logits[rows] for logits, rows in zip(calibrated_logits, usable, strict=True)]), axis=1
-    )
+    codes, raw = join(section.codes for section in sections), join(held_out.logits)
+    proba = softmax(raw, axis=1)
+    if is_calibrated:
+        calibrated = calibrate_logits(sections, held_out, calibration_folds, exclude_patient=exclude_patient)
+        proba = softmax(join(calibrated), axis=1)
     # AUROC of a class uses only spots whose model was trained on that class.
-    raw = np.concatenate([logits[rows] for logits, rows in zip(held_out.logits, usable, strict=True)])
     auroc: dict[str, object] = {}
     for c, name in enumerate(classes):
         known = raw[:, c] != UNSEEN_LOGIT
         if 0 < (codes[known] == c).sum() < known.sum():
             auroc[name] = _round(roc_auc_score(codes[known] == c, proba[known, c]))
-    figures["AUROC of each class against the rest, held-out spots whose model had seen the class"] = auroc
-    figures["calibration of the annotation, all held-out spots"] = {
-        f"expected calibration error, {N_BINS} bins": _round(calibration_error(proba, codes)),
-        "labelled spots": len(codes),
+    return {
+        "balanced accuracy of the annotation": accuracy,
+        "AUROC of each class against the rest, held-out spots whose model had seen the class": auroc,
+        "calibration of the annotation, all held-out spots": {
+            f"expected calibration error, {N_BINS} bins": _round(calibration_error(proba, codes)),
+            "labelled spots": len(codes),
+        },
     }
-    return figures
 
 
 def balanced_accuracy(codes: np.ndarray, scores: np.ndarray) -> float:
@@ -209,15 +205,12 @@ def calibrate_logits(
     result = []
     for i, (section, logits) in enumerate(zip(sections, held_out.logits, strict=True)):
         others = [
-            j
-            for j in range(len(sections))
-            if j != i and (not exclude_patient or sections[j].patient != section.patient)
+            (other, calibration_folds.logits[j])
+            for j, other in enumerate(sections)
+            if j != i and (not exclude_patient or other.patient != section.patient)
         ]
         if others:
-            result.append(
-                logits
-                / pooled_temperature([sections[j] for j in others], [calibration_folds.logits[j] for j in others])
-            )
+            result.append(logits / pooled_temperature(*zip(*others, strict=True)))
             continue
         scaled = logits.copy()
         for part in np.unique(held_out.parts[i]):

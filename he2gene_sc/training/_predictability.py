@@ -35,25 +35,22 @@ def bounds(
     """Return the mean of each gene over held-out groups ``(groups, g)`` and its 95 % t interval, clipped to ± ``most``, ``(g,)`` each."""
     from scipy.stats import t
 
-    n = np.isfinite(pcc).sum(0)
+    n, mean = np.isfinite(pcc).sum(0), _mean_of_measured(pcc)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.nansum(pcc, axis=0) / np.where(n > 0, n, np.nan)
         sd = np.sqrt(np.nansum(np.square(pcc - mean), axis=0) / (n - 1))
         half = np.where(n >= min_groups, t.ppf(0.975, np.maximum(n - 1, 1)) * sd / np.sqrt(n), np.nan)
     return mean, np.clip(mean - half, -most, most), np.clip(mean + half, -most, most)
 
 
+def _mean_of_measured(values: np.ndarray) -> np.ndarray:
+    n = np.isfinite(values).sum(0)
+    return np.nansum(values, axis=0) / np.where(n > 0, n, np.nan)
+
+
 def mean_by_patient(pcc: np.ndarray, patients: Sequence[str] | Sequence[int]) -> np.ndarray:
     """Average the sections of each patient, ``(sections, g)`` to ``(patients, g)``; NaN if none measured the gene."""
     names = np.asarray(patients)
-    parts = (pcc[names == name] for name in dict.fromkeys(patients))
-    with np.errstate(invalid="ignore"):
-        return np.stack(
-            [
-                np.nansum(part, axis=0) / np.where(np.isfinite(part).any(0), np.isfinite(part).sum(0), np.nan)
-                for part in parts
-            ]
-        )
+    return np.stack([_mean_of_measured(pcc[names == name]) for name in dict.fromkeys(patients)])
 
 
 def patient_bound(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[str]) -> np.ndarray:
@@ -89,10 +86,9 @@ def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth:
     z = np.arctanh(np.clip(np.where(is_measured, pcc_given_depth, 0), -0.999999, 0.999999))
     error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
     mean = z.sum(0) / np.maximum(n, 1)
-    variance_between = np.where(is_measured, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1) - error.sum(
-        0
-    ) / np.maximum(n, 1)
-    spread = max(0.0, float(variance_between[enough].mean()))
+    variance = np.where(is_measured, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1)
+    of_spots = error.sum(0) / np.maximum(n, 1)
+    spread = max(0.0, float((variance - of_spots)[enough].mean()))
     deviation = np.sqrt((n * spread + error.sum(0)) / np.maximum(n, 1) ** 2)
     return np.where(enough, np.tanh(mean - 1.645 * deviation), -1.0)
 
@@ -118,10 +114,7 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Return correlations per section, with 0 for constant genes and NaN for genes that were not measured."""
-    found = np.empty(pcc.shape)
-    for own, section, values in zip(found, sections, pcc, strict=True):
-        own[:] = np.where(section.measured, np.nan_to_num(values), np.nan)
-    return found
+    return np.where([section.measured for section in sections], np.nan_to_num(pcc), np.nan)
 
 
 def ceilings(sections: Sequence[Section]) -> np.ndarray:

@@ -655,11 +655,6 @@ def test_invalid_arguments_raise(options, match):
         fit(toy_set(), **options)
 
 
-def test_an_encoder_whose_output_is_a_map_raises():
-    with pytest.raises(ValueError, match="build it without a head"):
-        fit_network(toy_set(), BASE, nn.Conv2d(3, 4, 3), SPEC, **CPU)
-
-
 def test_target_genes_that_no_held_out_section_measured_raise():
     data = toy_set()
     targets = data.targets.copy()

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ...models import EncoderSpec
+from ...models._encoders.stages import stage_sizes
 from ...models._network import Preprocess
 from .patches import BatchLoader, PatchSet, RowLoader
 from .presets import Preset
@@ -47,7 +48,7 @@ class TrainingModule(LightningModule):
         self.patches_at_once, self.seed = patches_at_once, seed
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
-        width = _n_features(encoder, spec)
+        (width,) = stage_sizes(encoder.eval(), None, spec.input_px)
         self.genes = nn.Linear(width, data.targets.shape[1])
         n_logits = 1 if preset.exact else n_classes
         self.annotation = nn.Linear(width, n_logits) if n_classes > 1 else None
@@ -55,7 +56,6 @@ class TrainingModule(LightningModule):
         self.val_loss = self.val_pearson = float("nan")
 
     def train_dataloader(self) -> BatchLoader:
-        """Return the loader of the training spots of this process."""
         return BatchLoader(
             self.data,
             self.rows.train,
@@ -68,7 +68,6 @@ class TrainingModule(LightningModule):
         )
 
     def val_dataloader(self) -> RowLoader:
-        """Return the loader of the held-out spots of this process."""
         return RowLoader(
             self.data,
             self.rows.held_out,
@@ -135,7 +134,6 @@ class TrainingModule(LightningModule):
         return torch.cat([checkpoint(self.encoder, part, use_reentrant=False, context_fn=contexts) for part in parts])
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the sums."""
         # Six sums per section and target gene; Apple's MPS has no double precision.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         n_sections, n_targets = int(self.data.sections.max()) + 1, int(self.target_mask.sum())
@@ -189,19 +187,6 @@ def advice(preset: Preset, precision: str) -> str:
         f"Lower `lr` (it is {preset.lr:g}; try {preset.lr / 10:g}); check that the sections hold raw counts and that no spot "
         f"is nearly empty; check that the images are H&E{mixed}"
     )
-
-
-def _n_features(encoder: nn.Module, spec: EncoderSpec) -> int:
-    """Return the number of features of an encoder, in evaluation mode so that its statistics do not change."""
-    training = encoder.training
-    with torch.inference_mode():
-        found = encoder.eval()(torch.zeros(1, 3, spec.input_px, spec.input_px))
-    encoder.train(training)
-    if found.ndim != 2:
-        raise ValueError(
-            f"`encoder` gives {tuple(found.shape)} for one image; (1, f) is needed: build it without a head"
-        )
-    return found.shape[1]
 
 
 def gene_loss(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..._core.logs import logger
-from ...models import EncoderSpec, HE2Gene
+from ...models import HE2Gene
 from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
@@ -186,7 +186,9 @@ def _describe(
         fusion="mean",
         tta=preset.tta,
     )
-    return HE2Gene(card, table, fitted.tensors, **_user_encoder(spec, trained))
+    # A user's network cannot be built by name.
+    is_own = not (spec.timm_name or spec.transformers_name)
+    return HE2Gene(card, table, fitted.tensors, encoder=(trained.eval(), spec) if is_own else None)
 
 
 def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
@@ -200,12 +202,6 @@ def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
         f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that also "
         "said when to stop, seen through the training window; predictions average the windows named above."
     ]
-
-
-def _user_encoder(spec: EncoderSpec, encoder: nn.Module) -> dict[str, Any]:
-    """Return the encoder as an argument of the model if it cannot be built by name."""
-    buildable = spec.timm_name or getattr(spec, "transformers_name", "")
-    return {} if buildable else {"encoder": (encoder.eval(), spec)}
 
 
 def _training(data: PatchSet, preset: Preset, fitted: Fitted, sections: Sequence[Section], seed: int) -> dict[str, Any]:
