@@ -109,8 +109,12 @@ def from_checkpoint(
             "network needs a unique name"
         )
     from ._encoders.load import encoder_sha256
+    from ._encoders.local import read_state
 
-    state = _read(Path(path).expanduser())
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"`path` {str(file)!r} is not a file")
+    state = read_state(file, "path")
     _check_layout(state, preset)
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
@@ -140,7 +144,7 @@ def from_checkpoint(
         name=name or preset,
         version=version,
         description=description
-        or f"The network {preset} of the HE2Gene paper (Bioinformatics 2024, btae343), read from {Path(path).name}.",
+        or f"The network {preset} of the HE2Gene paper (Bioinformatics 2024, btae343), read from {file.name}.",
         encoder={
             "name": spec.name,
             "license": license,
@@ -187,27 +191,18 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
     return [str(gene) for gene in genes]
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file by name, without wrappers and prefixes."""
-    from ._encoders.local import read_state
-
-    if not path.is_file():
-        raise FileNotFoundError(f"`path` {str(path)!r} is not a file")
-    return read_state(path, "path")
-
-
 def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
     """Raise unless the file has exactly the three heads of the preset and the encoder."""
-    heads = sorted({key.rsplit(".", 1)[0] for key in state if not key.startswith(_BASE)})
-    expected = [f"{head}.{part}" for head in _HEADS[preset] for part in ("weight", "bias")]
     outside = {key for key in state if not key.startswith(_BASE)}
-    if any(key.startswith(_BASE) for key in state) and outside == set(expected):
+    heads = sorted({key.rsplit(".", 1)[0] for key in outside})
+    expected = [f"{head}.{part}" for head in _HEADS[preset] for part in ("weight", "bias")]
+    if len(outside) < len(state) and outside == set(expected):
         return
     other = next((name for name, wanted in _HEADS.items() if sorted(wanted) == heads), None)
     hint = f"; that is the layout of preset {other!r}" if other is not None and other != preset else ""
     raise ValueError(
         f"`path` is not a {preset!r}: expected {_BASE}* and {expected}, found {heads[:_MAX_LISTED]} and "
-        f"{sum(key.startswith(_BASE) for key in state)} tensors of {_BASE}*{hint}"
+        f"{len(state) - len(outside)} tensors of {_BASE}*{hint}"
     )
 
 

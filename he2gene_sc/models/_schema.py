@@ -184,16 +184,14 @@ def check_card(data: dict[str, Any], where: str) -> None:
     lacking = sorted({"genes.csv", "weights.safetensors"} - card.files.keys())
     if lacking:
         raise ValueError(f"`model`: {where}: `files` lacks the SHA-256 of {lacking}. Fetch the folder again")
-    if len(card.class_colors) != len(card.classes):
-        raise ValueError(
-            f"`model`: {where}: `class_colors` has {len(card.class_colors)} colours for {len(card.classes)} `classes`; "
-            "one for each is needed"
-        )
-    if card.encoder.tiles is not None and len(card.encoder.tiles) != len(card.windows_um):
-        raise ValueError(
-            f"`model`: {where}: `encoder.tiles` has {len(card.encoder.tiles)} entries for {len(card.windows_um)} `windows_um`; "
-            "one for each is needed"
-        )
+    for name, entries, of, needed in (
+        ("class_colors", card.class_colors, "classes", card.classes),
+        ("encoder.tiles", card.encoder.tiles, "windows_um", card.windows_um),
+    ):
+        if entries is not None and len(entries) != len(needed):
+            raise ValueError(
+                f"`model`: {where}: `{name}` has {len(entries)} entries for {len(needed)} `{of}`; one for each is needed"
+            )
     for name, context in (
         ("context", data["context"]),
         ("annotation.context", (data["annotation"] or {}).get("context")),

@@ -76,6 +76,8 @@ def load_encoder(
     if spec is None and not encoder.startswith(_HUB_PREFIXES):
         _check_timm_name(encoder)
     wanted = spec or EncoderSpec(encoder, encoder)
+    if wanted.transformers_name:
+        _require_transformers(encoder)
     if weights is not None:
         network = _build_with_weights(wanted, Path(weights).expanduser()).float().eval()
         spec = spec or _spec_of_timm(encoder, network)
@@ -86,8 +88,6 @@ def load_encoder(
         if pretrained:
             network.load_state_dict(_read_weights(wanted))
         return network.eval(), wanted
-    if wanted.transformers_name:
-        _require_transformers(encoder)
     try:
         with quick_offline():
             network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
@@ -173,7 +173,6 @@ def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
 def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
     """Build an encoder by name, with local weights."""
     if spec.transformers_name:
-        _require_transformers(spec.name)
         if not path.is_dir():
             raise ValueError(
                 f"`weights` of encoder {spec.name!r} are {str(path)!r}; a folder with the config.json and "
