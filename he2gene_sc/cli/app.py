@@ -134,7 +134,7 @@ def train(
     sections, options = read_training_file(config, out)
     with use_mpp_hint("set mpp = {mpp} in [train.keys]"):
         trained = tl.train(sections, **options)
-    from ..training._gradient.lightning import is_first_process
+    from ..training._gradient.fit import is_first_process
 
     # With several devices, every process reaches this line, with the same model.
     if is_first_process():

@@ -1,7 +1,6 @@
-from ._geometry import ReadPlan, WindowPlan, plan_windows
+from ._geometry import Level, Pyramid, ReadPlan, WindowPlan, direct, plan_windows
 from ._overview import Darkness, pixels_sha256, read_darkness, read_reduced
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
-from ._pyramid import Level, Pyramid, direct
 from ._quality import FAULTS, MIN_TISSUE, faults, tissue_pixels, tissue_share
 from ._reader import PatchBatch, PatchReader
 

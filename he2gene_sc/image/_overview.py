@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ._blocks import row_step
+from ._geometry import Level, Pyramid, direct
 from ._pixels import to_rgb_uint8
-from ._pyramid import Level, Pyramid, direct
 from ._reader import halve
 
 #: Least side of a square in pixels of the level that is read, and the most pixels per side that are read.

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from ._blocks import BLOCK_BYTES, Block, BlockSource, plan_blocks, row_step
-from ._geometry import ReadPlan, plan_windows
+from ._geometry import Pyramid, ReadPlan, direct, plan_windows
 from ._pixels import reflect_index
-from ._pyramid import Pyramid, direct
 
 #: Rows that are averaged at once: an even number, so small that sums stay in the processor's cache.
 _ROWS_AT_ONCE = 64
@@ -102,7 +101,6 @@ class PatchReader:
         )
 
     def __len__(self) -> int:
-        """Return the number of batches."""
         return -(-self.n_spots // self.batch_size)
 
     @property

@@ -37,12 +37,10 @@ class Keeper(Callback):
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a resumed run needs."""
         names = ("best", "best_epoch", "history", "stopped", "run", "position", "first")
         return {name: getattr(self, name) for name in names} | {"loss": list(self._loss)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state."""
         self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
         self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
         self.position, self.first = state_dict["position"], state_dict["first"]
