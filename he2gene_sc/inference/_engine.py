@@ -14,8 +14,7 @@ import torch
 from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._embedding import Rows, row_blocks
-from ..models._heap import keep_heap
-from ..models._network import SYMMETRIES, FeatureExtractor, Network
+from ..models._network import SYMMETRIES, FeatureExtractor, Network, keep_heap
 from ..models._ood import OODResult, SlideFacts
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels

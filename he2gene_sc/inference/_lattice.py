@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse
 
-from ..models._embedding import N_COLOUR
+from ..models._embedding import N_COLOUR, bilinear
 from ..models._ood import SlideFacts
-from ..models._rings import bilinear
 
 #: Share of the smallest window below which a pitch is dense; a grid of half the window is not.
 DENSE = 0.49

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import platform
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +26,11 @@ ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**24
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
+#: Options of glibc's allocator, and values in which large arrays stay in the process.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
+_LARGE_THRESHOLD, _LARGE_PAD = 2**30, 2**28
+#: Values that glibc's dynamic thresholds reach in a process that allocates large arrays.
+_DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD = 2**25, 2**26, 2**17
 
 
 class Preprocess(nn.Module):
@@ -285,3 +293,26 @@ def _pairs(module: nn.Module) -> list[tuple[str, str]]:
         for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False)
         if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and conv.out_channels == norm.num_features
     ]
+
+
+@contextlib.contextmanager
+def keep_heap(device: str = "cpu") -> Iterator[None]:
+    """Let glibc reuse the large arrays that a network on the CPU frees, and return them to the system afterwards.
+
+    Mapping arrays above 32 MB anew takes longer than the convolutions (``tests/benchmarks/bench_predict.py``).
+    """
+    if device != "cpu" or platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    _set(libc, _LARGE_THRESHOLD, _LARGE_THRESHOLD, _LARGE_PAD)
+    try:
+        yield
+    finally:
+        _set(libc, _DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD)
+        libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, mmap: int, trim: int, pad: int) -> None:
+    for option, value in ((_MMAP_THRESHOLD, mmap), (_TRIM_THRESHOLD, trim), (_TOP_PAD, pad)):
+        libc.mallopt(ctypes.c_int(option), ctypes.c_int(value))

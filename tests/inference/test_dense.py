@@ -13,10 +13,9 @@ from spatialdata.models import Image2DModel, ShapesModel, TableModel
 import he2gene_sc as hg
 from he2gene_sc.image import PatchReader, Pyramid
 from he2gene_sc.inference import Interpolated, drop_idle_nodes, is_dense, lattice_of
-from he2gene_sc.models import _rings
-from he2gene_sc.models._embedding import Basis, Context, row_blocks
+from he2gene_sc.models import _embedding
+from he2gene_sc.models._embedding import Basis, Context, rings_of, row_blocks
 from he2gene_sc.models._network import FeatureExtractor
-from he2gene_sc.models._rings import rings_of
 
 pytestmark = pytest.mark.slow
 RINGS = ((50.0, 353.0), (353.0, 616.0))
@@ -237,7 +236,7 @@ def test_sums_over_a_lattice_approximate_sums_over_pairs(monkeypatch):
         np.float32
     )
     expected = [ring @ values for ring in rings_of(centres, RINGS)]
-    monkeypatch.setattr(_rings, "_MAX_PAIRS", 10)
+    monkeypatch.setattr(_embedding, "_MAX_PAIRS", 10)
     for pairs, ring in zip(expected, rings_of(centres, RINGS), strict=True):
         found = ring @ values
         np.testing.assert_allclose(found[:, :2], pairs[:, :2], atol=0.02)
@@ -246,7 +245,7 @@ def test_sums_over_a_lattice_approximate_sums_over_pairs(monkeypatch):
 
 
 def test_a_spot_without_neighbours_is_its_own_neighbour_on_a_lattice(monkeypatch):
-    monkeypatch.setattr(_rings, "_MAX_PAIRS", 10)
+    monkeypatch.setattr(_embedding, "_MAX_PAIRS", 10)
     centres = np.concatenate([square(10, 30.0), [[5000.0, 5000.0]]])
     values = np.arange(101, dtype=np.float32)[:, None]
     near, far = (ring @ values for ring in rings_of(centres, RINGS))
@@ -266,6 +265,6 @@ def test_embedding_by_a_lattice_of_neighbours_is_close_to_that_by_pairs(monkeypa
         Context(RINGS, (1.0, 1.0)),
     )
     expected = basis.embed(features, rings_of(centres, RINGS))
-    monkeypatch.setattr(_rings, "_MAX_PAIRS", 10)
+    monkeypatch.setattr(_embedding, "_MAX_PAIRS", 10)
     found = basis.embed(features, rings_of(centres, RINGS))
     assert np.abs(found - expected).max() < 0.03 * expected.std()

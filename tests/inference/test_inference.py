@@ -199,7 +199,7 @@ def test_bfloat16_predictions_stay_close_to_float32(network, image):
 
 
 def test_keeping_the_heap_does_not_change_results():
-    from he2gene_sc.models._heap import keep_heap
+    from he2gene_sc.models._network import keep_heap
 
     x = torch.rand(1, 3, 64, 64)
     layer = torch.nn.Conv2d(3, 8, 3)

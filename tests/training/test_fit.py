@@ -15,8 +15,7 @@ from torch import nn
 
 from he2gene_sc.training import PRESETS, RunOptions, _memory, fit_network
 from he2gene_sc.training._gradient.module import annotation_loss, gene_loss, neighbour_loss
-from he2gene_sc.training._gradient.patches import BatchLoader, Targets, column_means
-from he2gene_sc.training._gradient.split import Split, split
+from he2gene_sc.training._gradient.patches import BatchLoader, Split, Targets, column_means, split
 from he2gene_sc.training._memory import activation_bytes
 from tests.helpers.tiny_network import BASE, SPAT, SPEC, encoder, fit_to, toy_set
 

@@ -18,12 +18,11 @@ from torch import nn
 
 from ..._core import logs
 from ...models import EncoderSpec
-from ...models._heap import keep_heap
+from ...models._network import keep_heap
 from .._memory import check_memory
-from .patches import PatchSet, blocks
+from .patches import PatchSet, Split, blocks, split
 from .presets import Preset
 from .run_options import LAST, RunOptions
-from .split import Split, split
 from .weights import calibrate, name_tensors, predict_rows
 
 

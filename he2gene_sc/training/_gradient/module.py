@@ -17,9 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ...models import EncoderSpec
 from ...models._encoders.stages import stage_sizes
 from ...models._network import Preprocess
-from .patches import BatchLoader, PatchSet, RowLoader
+from .patches import BatchLoader, PatchSet, RowLoader, Split
 from .presets import Preset
-from .split import Split
 
 
 class TrainingModule(LightningModule):

@@ -21,10 +21,9 @@ from .._metadata import ModelMetadata
 from .._predictability import GROUP_UNITS, RELIABLE_PCC
 from .fit import Fitted, fit_network
 from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
-from .patches import PatchSet, Targets, column_means, neighbour_table
+from .patches import PatchSet, Split, Targets, balanced_folds, column_means, neighbour_table, split
 from .presets import Preset
 from .run_options import RunOptions
-from .split import Split, balanced_folds, split
 
 if TYPE_CHECKING:
     from .._sections import Section
