@@ -33,11 +33,6 @@ class SlideFacts:
     tissue: np.ndarray  # (n,) share of tissue
     faults: np.ndarray  # (n, 3), see image.faults
 
-    @classmethod
-    def unknown(cls, n: int) -> SlideFacts:
-        """Return defaults: every spot is on tissue, and sharp."""
-        return cls(float("nan"), np.ones(n, np.float32), np.zeros((n, len(FAULTS)), np.float32))
-
 
 @dataclass(frozen=True)
 class OODResult:
@@ -66,10 +61,9 @@ class OODDetector:
     limits: Mapping[str, Any]  # distance, octaves; since 0.7 also rest, known, mpp, stain
     windows_um: tuple[float, ...]
 
-    def assess(self, features: Rows, facts: SlideFacts | None = None) -> OODResult:
+    def assess(self, features: Rows, facts: SlideFacts) -> OODResult:
         """Compare the spots of one slide, ``(n, f)``, with training."""
         n = len(features)
-        facts = SlideFacts.unknown(n) if facts is None else facts
         on_tissue = facts.tissue >= MIN_TISSUE
         octaves, stain, excess, distance, residual = self._compare(features, on_tissue)
         scores = {

@@ -449,7 +449,7 @@ def test_the_validation_of_the_paper_holds_out_a_random_tenth_of_the_spots():
     assert (unit, len(rows)) == ("spot", 8)
     assert sorted([*train, *rows]) == list(range(80))
     assert set(data.sections[rows]) <= set(data.sections[train])
-    assert fit(data, max_epochs=1, validation="random").unit == "spot"
+    assert fit(data, max_epochs=1, rows=split(data, BASE, "random")).unit == "spot"
 
 
 def test_held_out_predictions_equal_those_of_the_model_on_the_training_window():
@@ -642,11 +642,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_intact(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"validation": "k-fold"}, "`validation` is 'k-fold', valid"),
         ({"checkpoint_steps": 0}, "`checkpoint_steps` is 0"),
         ({"patches_at_once": 1}, "`patches_at_once` is 1"),
         ({"resume": True}, "`resume` needs the `checkpoint_dir`"),
-        ({"rows": ("patient", np.arange(1), np.arange(1, 80))}, "too few"),
+        ({"rows": Split("patient", np.arange(1), np.arange(1, 80))}, "too few"),
     ],
 )
 def test_invalid_arguments_raise(options, match):

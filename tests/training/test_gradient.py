@@ -22,6 +22,7 @@ from he2gene_sc.training import (
     train_network,
 )
 from he2gene_sc.training._gradient.held_out import gene_figures, held_out_sections
+from he2gene_sc.training._gradient.patches import Split
 from he2gene_sc.training._gradient.train_network import target_mask
 from tests.helpers.tiny_network import BASE, SPEC, encoder, toy_set
 
@@ -222,7 +223,7 @@ def test_a_gene_missing_in_some_sections_is_evaluated_in_the_others(data):
     targets[data.sections == 3, 2] = 1.0
     gaps = replace(data, targets=targets)
     recipe = replace(RECIPE, max_epochs=2)
-    rows = ("section", np.flatnonzero(data.sections < 3), np.flatnonzero(data.sections >= 3))
+    rows = Split("section", np.flatnonzero(data.sections < 3), np.flatnonzero(data.sections >= 3))
     found = held_out_sections(gaps, fit_network(gaps, recipe, encoder(), SPEC, rows=rows, device="cpu"))
     assert [part.section for part in found] == [3, 4]
     assert np.isnan(found[1].pcc[1])

@@ -49,8 +49,7 @@ def fit_network(
     spec: EncoderSpec,
     *,
     run: RunOptions | None = None,
-    validation: str = "grouped",
-    rows: tuple[str, np.ndarray, np.ndarray] | None = None,
+    rows: Split | None = None,
     predicted: np.ndarray | None = None,
     n_classes: int | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
@@ -60,12 +59,12 @@ def fit_network(
 ) -> Fitted:
     """Train a copy of an encoder and linear heads by a preset.
 
-    ``rows`` are the result of :func:`split`: unit, and positions of training and held-out spots. ``predicted`` defaults to the
-    held-out spots. With ``n_classes`` below 2 there is no annotation head. ``names`` are lists that must be equal to resume a
-    run. On the CPU, a seed gives the same bits for the same number of threads. The global random state is not changed.
+    ``rows`` are the result of :func:`split`. ``predicted`` defaults to the held-out spots. With ``n_classes`` below 2 there is
+    no annotation head. ``names`` are lists that must be equal to resume a run. On the CPU, a seed gives the same bits for the
+    same number of threads. The global random state is not changed.
     """
     run = RunOptions() if run is None else run
-    rows = Split(*rows) if rows else split(data, preset, validation, seed)
+    rows = split(data, preset, seed=seed) if rows is None else rows
     _check(data, rows)
     run.check_folder()
     if n_classes is None:

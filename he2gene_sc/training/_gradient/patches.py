@@ -11,12 +11,9 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from ..._core import validate
 from ...models._network import SYMMETRIES
 from .._folds import grouped_folds
 from .presets import Preset
-
-VALIDATIONS = ("grouped", "random")
 
 #: Number of spots whose targets are dense at once in a pass over all spots.
 _SPOTS_AT_ONCE = 1024
@@ -254,7 +251,6 @@ def split(
 
     ``"grouped"`` holds out patients, else sections, else blocks; ``"random"`` holds out spots as in the paper, which leaks.
     """
-    validate.one_of(validation, VALIDATIONS, "validation")
     rows = np.arange(len(data)) if rows is None else rows
     if validation == "random":
         order = np.random.default_rng([seed, 1]).permutation(rows)
