@@ -105,15 +105,15 @@ def cached_features(
         empty.flags.writeable = False
         return empty
 
-    blocks = _blocks(reader, folder / f"{_PREFIX}{key}")
+    blocks = _blocks(reader, folder / f"{_PREFIX}{key}") if len(batch_ranges(reader)) > 1 else []
     n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
     existing = sum(block.path.stat().st_size for block in blocks if block.path.exists())
-    room = n_bytes * (1 if len(blocks) == 1 else 2) - existing
+    room = n_bytes * (2 if blocks else 1) - existing
     with explain_write_errors(folder, room):
         folder.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(folder).free < room + _SPARE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if len(blocks) == 1:
+    if not blocks:
         with torch.inference_mode():
             _store(path, shape, ((batch.index, rows) for batch, rows in encode_part(part, how, reader, progress)))
     else:
@@ -123,7 +123,7 @@ def cached_features(
         else:
             fill(missing, shape[1:])
         _store(path, shape, _join_blocks(blocks, path, reader.n_spots))
-    for block in blocks if len(blocks) > 1 else ():
+    for block in blocks:
         block.path.unlink(missing_ok=True)
     found = _open(path, reader.n_spots)
     if found is None:

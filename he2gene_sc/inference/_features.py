@@ -123,12 +123,8 @@ def _read_or_encode(
     part: Part, how: Encoder, folder: Path, progress: Progress, workers: Workers | None
 ) -> tuple[Pixels, np.ndarray]:
     """Read the pixels, and the features from a folder; features that are missing are computed and kept there."""
-    with contextlib.ExitStack() as stack:
-        shared = None
-        if workers is not None:
-            folder = folder.absolute()
-            shared = stack.enter_context(workers.share(part, how, folder))
+    folder = folder if workers is None else folder.absolute()
+    with contextlib.nullcontext() if workers is None else workers.share(part, how, folder) as shared:
         part_pixels = Pixels.read(part.reader) if shared is None else shared.pixels()
         fill = None if shared is None else partial(shared.fill, progress=progress)
-        found = cached_features(part, how, folder, progress, pixels=part_pixels.sha256, fill=fill)
-    return part_pixels, found
+        return part_pixels, cached_features(part, how, folder, progress, pixels=part_pixels.sha256, fill=fill)

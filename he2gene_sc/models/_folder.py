@@ -169,16 +169,18 @@ def check_place(path: str | Path) -> Path:
             f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "
             "choose another folder"
         )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`path` {str(path)!r} cannot be written ({error.strerror}); choose another",
-            str(target.parent),
-        ) from error
+    check_writable(target.parent, path, "path")
     return target
+
+
+def check_writable(folder: Path, path: str | Path, parameter: str) -> None:
+    """Create a folder for ``path``; raise if files cannot be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"`{parameter}` {str(path)!r} cannot be written ({error.strerror}); choose another"
+        raise OSError(error.errno, reason, str(folder)) from error
 
 
 def _sha256(path: Path) -> str:

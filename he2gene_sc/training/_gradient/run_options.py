@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,16 +61,10 @@ class RunOptions(validate.Checked):
         """Raise if the folder cannot be written, or holds a file ``begun`` (a pattern) of a run that is not resumed."""
         if self.checkpoint_dir is None:
             return
+        from ...models._folder import check_writable
+
         place = Path(self.checkpoint_dir).expanduser()
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=place).close()
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"`checkpoint_dir` {str(self.checkpoint_dir)!r} cannot be written ({error.strerror}); choose another",
-                str(place),
-            ) from error
+        check_writable(place, self.checkpoint_dir, "checkpoint_dir")
         if not self.resume and any(place.glob(begun)):
             raise FileExistsError(
                 f"`checkpoint_dir` {str(self.checkpoint_dir)!r} holds a run; continue it with `resume=True`, or choose another folder"
