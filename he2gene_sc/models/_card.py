@@ -18,22 +18,11 @@ _TRUST_VERSION = 3
 #: Versions that can be read; fields that older ones lack do not affect predictions.
 _READABLE = (2, 3, SCHEMA_VERSION)
 
-#: Row of the card, its name until version 0.6, and the note below the table.
+#: Row of the card, and its name until version 0.6.
 BLOCK_BOOTSTRAP = "bootstrap over 800 µm blocks of the section"
 _OLD_BLOCK_BOOTSTRAP = "95 % interval"
-_BLOCK_BOOTSTRAP_NOTE = (
-    "The bootstrap over blocks shows how far other blocks of the same section would move its mean. It is not a 95 % interval: in "
-    "simulation it held the true correlation in 94 % of the sections where blocks are independent, in 46 % where expression "
-    "varies over 800 µm. Another section or patient differs more; compare the columns."
-)
-
-#: Row of the card with paired differences to references without genes, and the note below the table.
+#: Row of the card with paired differences to references without genes.
 PAIRED = "mean Pearson, prediction minus"
-_PAIRED_NOTE = (
-    "The prediction stands beside references that see no gene: depth (log counts), colour and coordinates of a spot, standardised "
-    "within its section. Each is a ridge fitted on what was not held out. The 95 % interval is that of t."
-)
-_NOT_RECORDED = "Paired differences to references that see no gene (depth, colour, coordinates): not recorded."
 
 #: Ways to combine several windows, see ``ModelCard.fusion``.
 FUSIONS = ("concat", "mean")
@@ -206,40 +195,28 @@ class ModelCard:
 
     def to_markdown(self) -> str:
         """Return the card as markdown, the ``README.md`` of the folder."""
-        lines = [
-            f"# {self.name} {self.version}",
-            "",
-            self.description,
-            "",
-            f"- Encoder: {self.encoder['name']} ({self.encoder['license']}), windows of "
-            f"{', '.join(f'{um:g}' for um in self.windows_um)} µm{self._tiles()}{self._views()}",
-            *self._context(),
-            f"- Genes: {self.n_genes:,}, as {self.expression_scale}",
-            f"- Classes: {', '.join(self.classes) or 'none'}",
-            f"- Licence: {self.license}",
-            "",
-            "## Trained on",
-            "",
-            *_bullets(self._training_facts()),
-            "",
-            "## Held-out figures",
-            "",
-            *(line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)),
-            "",
-            *([_BLOCK_BOOTSTRAP_NOTE, ""] if self._has_row(BLOCK_BOOTSTRAP) else []),
-            *(_PAIRED_NOTE if self._has_row(PAIRED) else _NOT_RECORDED, ""),
-            f"A gene is called reliable where {self.reliable_rule}.",
-            "",
-            *self._programmes(),
-            *self._trust_notes(),
-            "## Use",
-            "",
-            self.intended_use,
-            "",
-            *(f"- {sentence}" for sentence in self.limitations),
-            "",
-        ]
-        return "\n".join(lines)
+        from jinja2 import Environment, PackageLoader
+
+        environment = Environment(
+            loader=PackageLoader("he2gene_sc", "models"),
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+        )
+        tiles, rings = self.encoder.get("tiles"), (self.context or {}).get("rings_um", ())
+        return environment.get_template("card.md.j2").render(
+            card=self,
+            windows=", ".join(f"{um:g}" for um in self.windows_um),
+            tiles="" if tiles is None else describe_tiles(self.windows_um, tiles, self.encoder["input_px"]),
+            rings=", ".join(f"{inner:g}–{outer:g}" for inner, outer in rings),
+            training=_bullets(self._training_facts()),
+            figures=[line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)],
+            has_row=self._has_row,
+            block_bootstrap=BLOCK_BOOTSTRAP,
+            paired=PAIRED,
+            programmes=self._programmes(),
+            spots=", ".join(f"{n} {name}" for name, n in (self.intervals or {}).get("spots", {}).items()),
+        )
 
     def _training_facts(self) -> dict[str, Any]:
         """Return the facts of training without those that only software uses."""
@@ -255,53 +232,13 @@ class ModelCard:
         tables = [figures for figures in self.metrics.values() if isinstance(figures, dict)]
         return any(title.startswith(row) for figures in tables for title in figures)
 
-    def _tiles(self) -> str:
-        tiles = self.encoder.get("tiles")
-        return "" if tiles is None else f", {describe_tiles(self.windows_um, tiles, self.encoder['input_px'])}"
-
-    def _context(self) -> list[str]:
-        if self.context is None or not self.context["rings_um"]:
-            return []
-        rings = ", ".join(f"{inner:g}–{outer:g}" for inner, outer in self.context["rings_um"])
-        return [f"- Context: the slide, and the mean of the neighbours at {rings} µm"]
-
     def _programmes(self) -> list[str]:
         if self.programmes is None:
             return []
         sets = self.programmes["sets"]
         names = [name for name in next(iter(sets.values())) if name != "genes"]
-        return [
-            "## Gene sets",
-            "",
-            f"Scores of gene sets (`hg.tl.programmes`), means over {self.programmes['n_patients']} patients held out in turn.",
-            "",
-            _row("set", ["genes", *names]),
-            _row("---", ["---"] * (len(names) + 1)),
-            *(_row(name, [len(facts["genes"]), *(facts[n] for n in names)]) for name, facts in sets.items()),
-            "",
-        ]
-
-    def _trust_notes(self) -> list[str]:
-        lines = []
-        if self.intervals is not None:
-            facts = self.intervals
-            spots = ", ".join(f"{n} {name}" for name, n in facts["spots"].items())
-            lines.append(
-                f"- Intervals (`hg.tl.intervals`): held-out residuals of {facts['n_groups']} {facts['unit']}s, spots: {spots}. "
-                f"A coverage c is guaranteed from nine {facts['unit']}s on, and c / (1 - c) of them above 90 %; with fewer there "
-                "is no guarantee."
-            )
-        if self.guard is not None:
-            lines.append(
-                "- Slides unlike the training data are noticed from their features, with limits from training sections "
-                "that were left out in turn."
-            )
-        return [*lines, ""] if lines else []
-
-    def _views(self) -> str:
-        over = ["windows"] if self.fusion == "mean" and len(self.windows_um) > 1 else []
-        over += ["the eight symmetries of the square"] if self.tta else []
-        return f"; predictions are averaged over {' and '.join(over)}" if over else ""
+        rows = [_row(name, [len(facts["genes"]), *(facts[n] for n in names)]) for name, facts in sets.items()]
+        return [_row("set", ["genes", *names]), _row("---", ["---"] * (len(names) + 1)), *rows]
 
 
 def set_genes(weights: Mapping[str, float]) -> str:
