@@ -57,11 +57,8 @@ class Context:
     to another ring.
     """
 
-    rings_um: tuple[tuple[float, float], ...] = (
-        (50.0, 353.0),
-        (353.0, 616.0),
-        (616.0, 930.0),
-    )  # inner and outer radius; the inner is included
+    #: Inner and outer radius; the inner is included.
+    rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))
     weights: tuple[float, ...] = (0.7, 0.5, 0.3)  # of the rings; the spot has weight 1
     prior_spots: float | None = 20.0  # number of spots that training counts as; None: only training is used
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,9 +29,8 @@ UNSEEN_LOGIT = -30.0
 class Calibration:
     """Summary of held-out residuals."""
 
-    quantiles: (
-        np.ndarray
-    )  # (1 + c, q, g) float16, |residual| / spread: all spots, then each class; NaN without enough spots
+    #: (1 + c, q, g) float16, |residual| / spread: all spots, then each class; NaN without enough spots
+    quantiles: np.ndarray
     groups: np.ndarray  # (1 + c, g) int16: number of groups
     spread: np.ndarray  # (2, g) float32, see stats.fit_spread
     spots: np.ndarray  # (1 + c,) int, number of spots
@@ -44,8 +43,7 @@ class Calibration:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return the arrays for a model folder."""
-        arrays = {f"intervals.{part.name}": getattr(self, part.name) for part in fields(self) if part.name != "spots"}
-        return {name: array for name, array in arrays.items() if array is not None}
+        return {f"intervals.{name}": x for name, x in vars(self).items() if name != "spots" and x is not None}
 
 
 def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
@@ -95,9 +93,7 @@ def calibrate(
 
 def join_calibrations(parts: Sequence[Calibration]) -> Calibration:
     """Concatenate calibrations of different genes."""
-    names = [
-        part.name for part in fields(Calibration) if part.name != "spots" and getattr(parts[0], part.name) is not None
-    ]
+    names = [name for name, array in vars(parts[0]).items() if name != "spots" and array is not None]
     arrays = {name: np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names}
     return Calibration(spots=parts[0].spots, **arrays)
 
