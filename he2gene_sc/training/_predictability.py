@@ -114,7 +114,11 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Return correlations per section, with 0 for constant genes and NaN for genes that were not measured."""
-    return np.where([section.measured for section in sections], np.nan_to_num(pcc), np.nan)
+    # By section, since arrays of all sections and genes are large.
+    found = np.empty(pcc.shape)
+    for own, section, values in zip(found, sections, pcc, strict=True):
+        own[:] = np.where(section.measured, np.nan_to_num(values), np.nan)
+    return found
 
 
 def ceilings(sections: Sequence[Section]) -> np.ndarray:
