@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,9 @@ import numpy as np
 
 from . import logs
 from .equality import is_same_value, same_array, same_column
-from .rasters import levels, zarr_folders
+from .rasters import entries_of, levels, zarr_folders
 
 if TYPE_CHECKING:
-    import zarr
     from anndata import AnnData
 
 MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
@@ -66,6 +66,10 @@ class Change:
     def metadata_only(self) -> bool:
         return self.difference is not None and self.difference.metadata_only
 
+    @property
+    def kept(self) -> list[str]:
+        return [] if self.difference is None else self.difference.kept
+
 
 def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
     """Read the elements of some kinds without spatialdata's warnings; skip elements that cannot be read."""
@@ -97,15 +101,25 @@ def table_difference(path: Path, table: AnnData) -> Difference:
             # Before version 0.8, anndata stored categories separately from their column.
             if stored.equals(current) and group[axis].attrs.get("encoding-version") == "0.2.0":
                 found.kept += [f"{axis}/{key}" for key in equal if "/" not in key and key != names.name]
-        _compare_array(found, "X", group, table.X)
+        parts: Any = (("X", table.X, _is_same_array), ("raw", table.raw, partial(_is_same_raw, found)))
+        for part, value, is_same in parts:
+            there = group.get(part)
+            there = None if there is not None and there.attrs.get("encoding-type") == "null" else there
+            if there is not None and value is not None:
+                (found.kept if is_same(there, value) else found.altered).append(part)
+            elif there is not None:
+                found.lost.append(part)
+            elif value is not None:
+                found.added.append(part)
         _compare_mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
-            # Newer versions of anndata list X among the layers, as None.
-            current = {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
+            current = entries_of(table, slot)
             stored = list(group[slot].keys()) if slot in group else []
             for key in found.note(slot, stored, current):
-                _compare_array(found, f"{slot}/{key}", group, current[key])
-        _compare_raw(found, group, table)
+                if _is_same_array(group[slot][key], current[key]):
+                    found.kept.append(f"{slot}/{key}")
+                else:
+                    found.altered.append(f"{slot}[{key!r}]")
     found.uns, found.frames = uns, frames
     return found
 
@@ -114,8 +128,7 @@ def _compare_names(found: Difference, axis: str, stored: Any, current: Any) -> N
     if stored.equals(current):
         return
     missing = ~np.isin(stored, current)
-    n_missing = max(missing.sum(), len(stored) - len(current))
-    if n_missing:
+    if n_missing := max(missing.sum(), len(stored) - len(current)):
         found.lost.append(f"{n_missing} of {len(stored)} rows of {axis} ({', '.join(stored[missing][:3])}, …)")
     else:
         found.altered.append(f"{axis}_names")
@@ -144,23 +157,8 @@ def _compare_mapping(found: Difference, where: str, stored: Mapping[str, Any], c
             found.altered.append(f"{where}[{key!r}]")
 
 
-def _compare_array(found: Difference, where: str, group: zarr.Group, value: Any) -> None:
-    """Compare one array of a table; large arrays are compared by blocks."""
-    name = where.replace("/", "['", 1) + "']" if "/" in where else where
-    stored = group.get(where)
-    if stored is None or value is None:
-        if stored is not None:
-            found.lost.append(name)
-        elif value is not None:
-            found.added.append(name)
-        return
-    if _is_same_array(stored, value):
-        found.kept.append(where)
-    else:
-        found.altered.append(name)
-
-
 def _is_same_array(stored: Any, value: Any) -> bool:
+    """Whether an array of a table equals its copy on disk; large arrays are compared by blocks."""
     from anndata.io import read_elem
 
     encoding = stored.attrs.get("encoding-type", "")
@@ -178,24 +176,14 @@ def _is_same_array(stored: Any, value: Any) -> bool:
     return is_same_value(read_elem(stored), value)
 
 
-def _compare_raw(found: Difference, group: Any, table: AnnData) -> None:
-    stored = group.get("raw")
-    if stored is not None and stored.attrs.get("encoding-type") == "null":
-        stored = None
-    if stored is None or table.raw is None:
-        if stored is not None:
-            found.lost.append("raw")
-        elif table.raw is not None:
-            found.added.append("raw")
-        return
+def _is_same_raw(found: Difference, stored: Any, raw: Any) -> bool:
     from anndata.io import read_elem
 
-    equal = _is_same_array(stored["X"], table.raw.X) and is_same_value(read_elem(stored["var"]), table.raw.var)
+    equal = _is_same_array(stored["X"], raw.X) and is_same_value(read_elem(stored["var"]), raw.var)
     varm = list(stored["varm"].keys()) if "varm" in stored else []
-    both = found.note("raw.varm", varm, map(str, table.raw.varm.keys()))
-    equal &= len(both) == len(varm) == len(table.raw.varm)
-    equal = equal and all(_is_same_array(stored["varm"][key], table.raw.varm[key]) for key in both)
-    (found.kept if equal else found.altered).append("raw")
+    both = found.note("raw.varm", varm, map(str, raw.varm.keys()))
+    equal &= len(both) == len(varm) == len(raw.varm)
+    return equal and all(_is_same_array(stored["varm"][key], raw.varm[key]) for key in both)
 
 
 # --- Elements in space -----------------------------------------------------------------------------------------------

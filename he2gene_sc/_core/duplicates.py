@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import issparse
 
 from ..stats import spearman
-from .matrix import values_of
+from .matrix import dense, values_of
 
 if TYPE_CHECKING:
     from .spots import SpotData
 
-#: Values per dense block.
-_BLOCK = 4_000_000
 #: Least number of genes that identify a spot.
 _MIN_GENES = 10
 #: Two spots at one place are the same spot above this correlation over genes (each centred in its section).
@@ -35,8 +32,7 @@ def check_duplicate_spots(pooled: SpotData) -> None:
         places = list(np.concatenate([t.obs_names[rows] for t, rows in zip(pooled.tables, pooled.rows, strict=True)]))
         how = "under the same name"
     keys = Counter(zip(pooled.units, places, strict=True))
-    double = [key for key, count in keys.items() if count > 1]
-    if double:
+    if double := [key for key, count in keys.items() if count > 1]:
         section, place = double[0]
         raise ValueError(
             f"`data`: {len(double)} spots are duplicated {how}, for example {place} in {section}; drop duplicates, or "
@@ -104,7 +100,6 @@ def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None,
         warnings.warn(
             f"`layer` {layer!r} is a copy of the measured values, not a prediction: agreement, intervals and reliability "
             "computed with it hold for no model; name the predicted layer",
-            UserWarning,
             stacklevel=stacklevel,
         )
 
@@ -123,21 +118,14 @@ def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.nda
     prints = np.zeros(len(pooled.labels), np.int64)
     projection = np.random.default_rng(0).standard_normal((len(genes), 32)).astype(np.float32)
     sketch = np.zeros((len(prints), projection.shape[1]), np.float32)
-    start = 0
-    for table, rows in zip(pooled.tables, pooled.rows, strict=True):
-        columns = table.var_names.get_indexer(genes)
-        step = max(1, _BLOCK // table.n_vars)
-        for first in range(0, len(rows), step):
-            chosen = rows[first : first + step]
-            values = values_of(table[chosen], pooled.layer)[:, columns]
-            values = np.ascontiguousarray(values.toarray() if issparse(values) else values, np.float32)
-            where = slice(start + first, start + first + len(chosen))
-            # Constant rows, such as spots without counts, are equal without being the same spot.
-            varied = np.nanmax(values, axis=1, initial=-np.inf) > np.nanmin(values, axis=1, initial=np.inf)
-            prints[where] = [hash(row.tobytes()) if v else 0 for row, v in zip(values, varied, strict=True)]
-            values = np.nan_to_num(values)
-            sketch[where] = (np.log1p(values) if pooled.scale == "counts" else values) @ projection
-        start += len(rows)
+    columns = [table.var_names.get_indexer(genes) for table in pooled.tables]
+    for i, where, table in pooled.chunks():
+        values = np.ascontiguousarray(dense(values_of(table, pooled.layer)[:, columns[i]]), np.float32)
+        # Constant rows, such as spots without counts, are equal without being the same spot.
+        varied = np.nanmax(values, axis=1, initial=-np.inf) > np.nanmin(values, axis=1, initial=np.inf)
+        prints[where] = [hash(row.tobytes()) if v else 0 for row, v in zip(values, varied, strict=True)]
+        values = np.nan_to_num(values)
+        sketch[where] = (np.log1p(values) if pooled.scale == "counts" else values) @ projection
     return prints, sketch
 
 

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 from .elements import he2gene_attrs
 from .keys import ATTRS, check_key
 from .signatures import element_digest, is_element_unchanged
+from .stores import KINDS
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 #: ``sdata.attrs[ATTRS][_WRITTEN][kind][name]``: digest of the element that we wrote.
 _WRITTEN = "written"
-_KINDS = ("images", "labels", "points", "shapes", "tables")
 
 
-def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str, parameter: str = "key_added") -> None:
+def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str) -> None:
     """Raise, before any work, if an element of this name exists that ``verb`` did not write."""
-    check_key(name, parameter)
+    check_key(name, "key_added")
     facts = he2gene_attrs(sdata)
     for other_kind, other in element_names(sdata):
         if other.lower() != name.lower():
             continue
-        where = f"`{parameter}`: {other_kind}[{other!r}] exists"
+        where = f"`key_added`: {other_kind}[{other!r}] exists"
         if other != name:
             raise ValueError(f"{where}, which differs from {name!r} only in case; choose another name")
         written = facts.get(_WRITTEN, {}).get(kind, {})
@@ -78,7 +78,7 @@ def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> 
 
 def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
     """Return kind and name of every element, tables included."""
-    return [(kind, name) for kind in _KINDS for name in getattr(sdata, kind)]
+    return [(kind, name) for kind in KINDS for name in getattr(sdata, kind)]
 
 
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import pandas as pd
 
 from . import validate
 from .keys import ATTRS, OWN_TABLE
-from .names import annotation_target
+from .names import annotation_target, as_list
 from .rasters import levels, zarr_sources
+from .validate import format_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -46,6 +47,21 @@ def he2gene_attrs(sdata: SpatialData) -> Mapping[str, Any]:
 def is_object(data: object) -> bool:
     """Whether this is a SpatialData object or a table."""
     return hasattr(data, "tables") or hasattr(data, "obs_names")
+
+
+def objects_in(data: Any) -> list[Any]:
+    """Return the objects or tables in ``data``, which is one of them or several."""
+    if is_object(data):
+        return [data]
+    if isinstance(data, str | Mapping) or not isinstance(data, Iterable):
+        raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object, or several, are needed")
+    objects = list(data)
+    if not objects:
+        raise ValueError("`data` is empty; at least one object is needed")
+    for item in objects:
+        if not is_object(item):
+            raise TypeError(f"`data` holds a {type(item).__name__}; SpatialData or AnnData objects are needed")
+    return objects
 
 
 def check_spatialdata(data: object, parameter: str = "sdata") -> None:
@@ -91,14 +107,8 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
 def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
     """Return the shapes and labels elements of ``sdata`` that a table annotates."""
     attrs = annotation_target(table)
-    if attrs is None:
-        return []
-    region = attrs["region"]
-    return [
-        key
-        for key in ([region] if isinstance(region, str) else list(region))
-        if key in sdata.shapes or key in sdata.labels
-    ]
+    regions = [] if attrs is None else as_list(attrs["region"])
+    return [key for key in regions if key in sdata.shapes or key in sdata.labels]
 
 
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
@@ -181,11 +191,11 @@ def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
         raise ValueError(f"`shapes_key` {shapes_key!r} has no spots")
     if spots.ids.has_duplicates:
         duplicated = spots.ids[spots.ids.duplicated()]
-        raise ValueError(f"`shapes_key` {shapes_key!r} has duplicated ids: {_format_ids(duplicated)}")
+        raise ValueError(f"`shapes_key` {shapes_key!r} has duplicated ids: {format_list(map(repr, duplicated))}")
     bad = ~np.isfinite(spots.centres).all(1)
     if bad.any():
         raise ValueError(
-            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {_format_ids(spots.ids[bad])}. "
+            f"`shapes_key` {shapes_key!r} has NaN or infinite coordinates in {int(bad.sum())} spots: {format_list(map(repr, spots.ids[bad]))}. "
             "A reader writes NaN if the file of positions lacks a barcode of the counts: check that both are of one slide, or "
             "leave these spots out of shapes and table"
         )
@@ -239,22 +249,19 @@ def match_rows(
             f"{where}: the ids of the shapes have several levels; one text or whole number per spot is needed"
         )
     if listed.has_duplicates:
-        raise ValueError(f"{where}: duplicated ids in the table: {_format_ids(listed[listed.duplicated()])}")
+        raise ValueError(f"{where}: duplicated ids in the table: {format_list(map(repr, listed[listed.duplicated()]))}")
     # Do not sort: ids of mixed types have no order.
 
     extra, missing = listed.difference(ids, sort=False), ids.difference(listed, sort=False)
     if len(extra):
         hint = "" if listed.dtype == ids.dtype else f" (ids are {listed.dtype} there, {ids.dtype} here)"
-        raise ValueError(f"{where}: {len(extra)} extra ids in the table that are not spots: {_format_ids(extra)}{hint}")
+        raise ValueError(
+            f"{where}: {len(extra)} extra ids in the table that are not spots: {format_list(map(repr, extra))}{hint}"
+        )
     if len(missing) and shapes_key in sdata.shapes:
         raise ValueError(
-            f"{where}: {len(missing)} spots are missing from the table: {_format_ids(missing)}. "
+            f"{where}: {len(missing)} spots are missing from the table: {format_list(map(repr, missing))}. "
             "If the table was filtered, filter the shapes too: "
             f"sdata[{shapes_key!r}] = spatialdata.match_element_to_table(sdata, {shapes_key!r}, {table_key!r})[0][{shapes_key!r}]"
         )
     return listed, rows
-
-
-def _format_ids(values: pd.Index) -> str:
-    shown = ", ".join(repr(v) for v in values[:5].tolist())
-    return shown + (f", … ({len(values)} in all)" if len(values) > 5 else "")

@@ -46,17 +46,14 @@ def _is_same(a: Any, b: Any) -> bool:
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
     if a.shape != b.shape:
         return False
-    if (_is_text(a) and _is_text(b)) or "O" in (a.dtype.kind, b.dtype.kind):
+    kinds = {a.dtype.kind, b.dtype.kind}
+    if kinds <= set("OUT") or "O" in kinds:
         return same_column(pd.Series(a.ravel()), pd.Series(b.ravel()))
     if a.dtype.names or b.dtype.names:
         return a.dtype.names == b.dtype.names and all(_same_values(a[name], b[name]) for name in a.dtype.names or ())
     if a.dtype != b.dtype:
         return False
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
-
-
-def _is_text(values: np.ndarray) -> bool:
-    return values.dtype.kind in "OUT"
 
 
 def _same_sparse(a: Any, b: Any) -> bool:

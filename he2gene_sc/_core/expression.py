@@ -75,10 +75,6 @@ def summarize_values(values: Any) -> ValueSummary:
         numbers = block
         if scipy.sparse.issparse(block):
             numbers, low = block.data, min(low, 0.0)
-        if numbers.dtype.kind in "bu":
-            high = max(high, float(numbers.max(initial=0)))
-            low = min(low, 0.0)
-            continue
         finite = np.isfinite(numbers)
         if not finite.all():
             nan = np.isnan(numbers)
@@ -104,49 +100,6 @@ def _count_nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
     return int((found > 0).sum()), int((found == block.shape[1]).sum())
 
 
-def check_expression(
-    values: Any,
-    where: str,
-    *,
-    scale: Scale = "auto",
-    expected: Literal["counts", "log"],
-    parameter: str = "layer",
-    predicted: bool = False,
-    unmeasured_spots: bool = False,
-) -> Literal["counts", "log"]:
-    """Check the values of a matrix, and return whether they are counts or logarithms.
-
-    ``where`` names the matrix in errors. With ``scale="auto"``, values on another scale than ``expected`` raise. Values
-    that a model ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, counts may be NaN for all genes of a spot.
-    """
-    scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
-    validate.one_of(scale, SCALES, scale_parameter)
-    found = summarize_values(values)
-    if found.n_infinite:
-        raise ValueError(f"`{parameter}`: {where} holds {found.n_infinite} infinite value(s); finite ones are needed")
-    if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
-        stated = f"{scale_parameter}={found.kind!r}" if found.kind != "other" else f"{scale_parameter}='log'"
-        raise ValueError(
-            f"`{parameter}`: {where} looks like {_KIND_WORDS[found.kind]}, {_EXPECTED_WORDS[expected]} are expected; name a "
-            f"{_LAYER_WORDS[expected]}, or pass {stated} to use the values as they are"
-        )
-    if scale == "counts" and found.kind != "counts":
-        raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
-    kind = found.kind if scale == "auto" else scale
-    if predicted:
-        return expected if scale == "auto" else scale
-    if kind == "counts":
-        _check_counts(found, where, parameter, unmeasured_spots)
-        return "counts"
-    if found.kind == "counts" and found.high > 0:
-        raise ValueError(
-            f"`{scale_parameter}` is 'log', but {where} looks like raw counts: whole numbers, up to {found.high:,.0f}; "
-            f"pass {scale_parameter}='counts'"
-        )
-    _check_logs(values, found, where, parameter)
-    return "log"
-
-
 def _check_counts(found: ValueSummary, where: str, parameter: str, unmeasured_spots: bool) -> None:
     partly = found.n_nan_spots - found.n_empty_spots
     if partly or (found.n_nan and not unmeasured_spots):
@@ -163,15 +116,14 @@ def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) ->
         warnings.warn(
             f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
             "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
-            stacklevel=5,
+            stacklevel=4,
         )
         return
-    problem = scale_problem(values)
-    if problem:
+    if problem := scale_problem(values):
         warnings.warn(
             f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
             f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 
@@ -190,8 +142,7 @@ def scale_problem(values: Any) -> str:
     low, typical, high = np.quantile(totals, (0.05, 0.5, 0.95))
     if abs(typical / TARGET_SUM - 1) <= _SAME_TOTAL and high <= TARGET_SUM * (1 + _SAME_TOTAL):
         return ""
-    base = _base_of(values)
-    if base:
+    if base := _base_of(values):
         return f"they are logarithms to base {base}"
     if problem := _not_normalised(values):
         return problem
@@ -292,18 +243,34 @@ def log_expression(
     predicted: bool = False,
     unmeasured_spots: bool = False,
 ) -> np.ndarray:
-    """Return a matrix as natural logarithms of (1 + counts per 10,000), ``(n, g)`` float32, after :func:`check_expression`.
+    """Check a matrix, and return it as natural logarithms of (1 + counts per 10,000), ``(n, g)`` float32.
 
-    Counts are normalised by the totals of all columns, not only of ``genes``.
+    Counts are normalised by the totals of all columns, not only of ``genes``. With ``scale="auto"``, values on another scale
+    than ``expected`` raise. Values that a model ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, counts may
+    be NaN for all genes of a spot.
     """
-    values = matrix_of(table, layer, parameter)
-    kind = check_expression(
-        values,
-        layer_label(layer),
-        scale=scale,
-        expected=expected,
-        parameter=parameter,
-        predicted=predicted,
-        unmeasured_spots=unmeasured_spots,
-    )
+    values, where = matrix_of(table, layer, parameter), layer_label(layer)
+    scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
+    validate.one_of(scale, SCALES, scale_parameter)
+    found = summarize_values(values)
+    if found.n_infinite:
+        raise ValueError(f"`{parameter}`: {where} holds {found.n_infinite} infinite value(s); finite ones are needed")
+    if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
+        stated = f"{scale_parameter}={found.kind!r}" if found.kind != "other" else f"{scale_parameter}='log'"
+        raise ValueError(
+            f"`{parameter}`: {where} looks like {_KIND_WORDS[found.kind]}, {_EXPECTED_WORDS[expected]} are expected; name a "
+            f"{_LAYER_WORDS[expected]}, or pass {stated} to use the values as they are"
+        )
+    if scale == "counts" and found.kind != "counts":
+        raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
+    kind = expected if scale == "auto" else scale
+    if kind == "counts" and not predicted:
+        _check_counts(found, where, parameter, unmeasured_spots)
+    elif found.kind == "counts" and found.high > 0 and not predicted:
+        raise ValueError(
+            f"`{scale_parameter}` is 'log', but {where} looks like raw counts: whole numbers, up to {found.high:,.0f}; "
+            f"pass {scale_parameter}='counts'"
+        )
+    elif not predicted:
+        _check_logs(values, found, where, parameter)
     return as_logs(values, kind, genes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import pandas as pd
 from ..image import MIN_TISSUE
 from .keys import REGION_FACTS, SPATIAL, Keys
 from .lazy import insert_rows, lazy_layer
+from .names import as_list
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import row_digests, slot_digest
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from ..inference import Predictions
     from ..models import HE2Gene
-    from .model_genes import WantedGenes
+    from .genes import WantedGenes
     from .slide import Slide
 
 
@@ -46,56 +47,37 @@ class StackedPredictions:
 
     @classmethod
     def collect(
-        cls,
-        slides: Sequence[Slide],
-        predictions: Sequence[Predictions],
-        wanted: WantedGenes,
-        model: HE2Gene,
-        keys: Keys,
-        record: dict[str, Any],
-        *,
-        known_patient: bool = False,
-        lazy: bool = False,
+        cls, slides: Sequence[Slide], predictions: Sequence[Predictions], model: HE2Gene, **others: Any
     ) -> StackedPredictions:
-        """Concatenate the slides of a table, and warn once of spots outside their image."""
-        outside = sum(int((~slide.inside).sum()) for slide in slides)
-        if outside:
+        """Concatenate the slides of a table, and warn once of spots outside their image; ``others`` are the other fields."""
+        if outside := sum(int((~slide.inside).sum()) for slide in slides):
             total = sum(len(slide.inside) for slide in slides)
             warnings.warn(
                 f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation",
-                UserWarning,
                 stacklevel=3,
             )
 
         def stack(values_of: Callable[[Predictions], np.ndarray]) -> np.ndarray:
-            parts = []
-            for slide, result in zip(slides, predictions, strict=True):
-                values = values_of(result)
-                if slide.inside.all():
-                    parts.append(values)
-                    continue
-                whole = np.full((len(slide.inside), *values.shape[1:]), np.nan, np.float32)
-                whole[slide.inside] = values
-                parts.append(whole)
+            parts = [values_of(result) for result in predictions]
+            for i, (slide, values) in enumerate(zip(slides, parts, strict=True)):
+                if not slide.inside.all():
+                    parts[i] = np.full((len(slide.inside), *values.shape[1:]), np.nan, np.float32)
+                    parts[i][slide.inside] = values
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
         scored = all(result.ood is not None or not len(result.proba) for result in predictions)
-        ood = stack(_scores) if scored and model.card.guard is not None else None
-        in_distribution = all(result.ood is None or not result.ood.reasons for result in predictions)
+        has_score = scored and model.card.guard is not None
+        no_score = np.zeros(0, np.float32)
         return cls(
             rows=np.concatenate([slide.rows for slide in slides]),
             proba=stack(lambda result: result.proba),
             embedding=stack(lambda result: result.embedding),
             tissue=stack(lambda result: result.tissue),
             centres=np.concatenate([slide.centres for slide in slides]),
-            wanted=wanted,
             model=model,
-            keys=keys,
-            record=record,
-            ood=ood,
-            in_distribution=in_distribution,
-            known_patient=known_patient,
-            lazy=lazy,
+            ood=stack(lambda result: result.ood.score if result.ood else no_score) if has_score else None,
+            in_distribution=all(result.ood is None or not result.ood.reasons for result in predictions),
+            **others,
         )
 
     @property
@@ -116,10 +98,6 @@ class StackedPredictions:
         return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
 
 
-def _scores(result: Predictions) -> np.ndarray:
-    return np.zeros(0, np.float32) if result.ood is None else result.ood.score
-
-
 def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
     """Raise, before any work, if predicting into a table would overwrite something."""
     planned = keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
@@ -137,62 +115,45 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     """
     others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
     before = _earlier_record(table, stacked, others)
-    merge = _RowMerger(table, stacked.rows, others, before is not None)
     keys, card = stacked.keys, stacked.model.card
+
+    def merge(earlier: Any, values: np.ndarray) -> np.ndarray:
+        """Merge values of the predicted rows with those that an earlier run of the model wrote to the other rows."""
+        whole = np.full((table.n_obs, *values.shape[1:]), np.nan, np.float32)
+        if before is not None and earlier is not None:
+            whole[others] = np.asarray(earlier, np.float32)[others]
+        whole[stacked.rows] = values
+        return whole
+
     slots: dict[str, dict[str, Any]] = {
         "layers": {keys.layer: _dense_or_lazy_layer(table, stacked, others, before is not None)},
         "var": _gene_columns(table, stacked, before is not None),
         "obs": {},
-        "obsm": {keys.embedding: merge("obsm", keys.embedding, stacked.embedding)},
+        "obsm": {keys.embedding: merge(table.obsm.get(keys.embedding), stacked.embedding)},
     }
     slots["uns"] = {keys.rows: row_digests(slots["obsm"][keys.embedding], table.obs_names)}
     if card.classes:
-        proba = merge("obsm", keys.proba, stacked.proba)
-        annotation = stacked.annotation(proba, merge.unknown(keys.annotation, stacked.unknown))
-        slots["obs"][keys.annotation] = pd.Series(annotation, index=table.obs_names)
+        proba = merge(table.obsm.get(keys.proba), stacked.proba)
+        labels = table.obs.get(keys.annotation)
+        # Spots that no run has predicted are NaN, and count as unknown.
+        unknown = merge(None if labels is None else labels.isna(), stacked.unknown) != 0
+        annotation = stacked.annotation(proba, unknown)
+        slots["obs"][keys.annotation] = annotation
         # Spots without a class have no confidence.
-        confidence = np.where(annotation.codes < 0, np.float32(np.nan), np.max(proba, axis=1))
-        slots["obs"][keys.confidence] = pd.Series(confidence, index=table.obs_names)
+        slots["obs"][keys.confidence] = np.where(annotation.codes < 0, np.float32(np.nan), np.max(proba, axis=1))
         slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
         colours = dict(zip(card.classes, card.class_colors, strict=True))
         slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]
-    tissue = merge("obs", keys.tissue, stacked.tissue[:, None])[:, 0]
-    slots["obs"][keys.tissue] = pd.Series(tissue, index=table.obs_names)
+    slots["obs"][keys.tissue] = merge(table.obs.get(keys.tissue), stacked.tissue)
     if stacked.ood is not None:
-        score = merge("obs", keys.ood, stacked.ood[:, None])[:, 0]
-        slots["obs"][keys.ood] = pd.Series(score, index=table.obs_names)
+        slots["obs"][keys.ood] = merge(table.obs.get(keys.ood), stacked.ood)
+    slots["obs"] = {key: pd.Series(values, index=table.obs_names) for key, values in slots["obs"].items()}
     record = {
         "verb": "predict",
         **(stacked.record if before is None else _merge_records(before, stacked.record)),
         **({"lazy": True} if stacked.lazy else {}),
     }
     write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked)))], stacklevel=3)
-
-
-@dataclass(frozen=True)
-class _RowMerger:
-    """Merge the values of the predicted rows with those that an earlier run wrote to the other rows."""
-
-    table: AnnData
-    rows: np.ndarray
-    others: np.ndarray
-    keep: bool
-
-    def __call__(self, slot: str, name: str, values: np.ndarray) -> np.ndarray:
-        whole = np.full((self.table.n_obs, values.shape[1]), np.nan, np.float32)
-        there = getattr(self.table, slot)
-        if self.keep and name in there:
-            whole[self.others] = np.asarray(there[name], np.float32).reshape(whole.shape)[self.others]
-        whole[self.rows] = values
-        return whole
-
-    def unknown(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return a mask of the spots without an annotation."""
-        whole = np.ones(self.table.n_obs, bool)
-        if self.keep and name in self.table.obs:
-            whole[self.others] = self.table.obs[name].isna().to_numpy()[self.others]
-        whole[self.rows] = values
-        return whole
 
 
 def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
@@ -272,7 +233,6 @@ def _earlier_record(table: AnnData, stacked: StackedPredictions, others: np.ndar
     warnings.warn(
         f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
         f"column cannot hold two models. Predict them again, or use another `key_added`",
-        UserWarning,
         stacklevel=4,
     )
     return None
@@ -280,24 +240,14 @@ def _earlier_record(table: AnnData, stacked: StackedPredictions, others: np.ndar
 
 def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     """Merge the record of this run with the facts of regions that only an earlier run predicted."""
-
-    def regions(facts: Mapping[str, Any]) -> list[str]:
-        shapes = facts.get("shapes", [])
-        return [shapes] if isinstance(shapes, str) else [str(name) for name in shapes]
-
-    kept = [region for region in regions(before) if region not in regions(record)]
+    regions = as_list(record.get("shapes", []))
+    kept = [region for region in as_list(before.get("shapes", [])) if region not in regions]
     # anndata.concat only keeps the entries that all tables share.
     if not kept or any(fact not in before for fact in REGION_FACTS):
         return record
-    merged = {**record, "shapes": [*kept, *regions(record)]}
+    merged = {**record, "shapes": [*kept, *regions]}
     for fact in REGION_FACTS:
         old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
-        new = record[fact] if isinstance(record[fact], Mapping) else {regions(record)[0]: record[fact]}
+        new = record[fact] if isinstance(record[fact], Mapping) else {regions[0]: record[fact]}
         merged[fact] = {region: old[region] for region in kept if region in old} | new
     return merged
-
-
-def for_new_table(stacked: StackedPredictions) -> StackedPredictions:
-    """Return the predictions with rows and columns of a new table of only these spots and genes."""
-    wanted = type(stacked.wanted)(stacked.wanted.positions, np.arange(len(stacked.wanted.positions)), False)
-    return replace(stacked, rows=np.arange(len(stacked.embedding)), wanted=wanted)

@@ -14,7 +14,7 @@ from . import validate
 from .elements import Spots, check_files, check_spatialdata, spot_element
 from .logs import logger
 from .mpp import affine, length_scale, transform_points
-from .rasters import levels
+from .rasters import levels, shared_systems, systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -36,8 +36,6 @@ def find_image(
     spots: Spots | None = None,
 ) -> str:
     """Return the name of the image; the finest, if several show the same tissue."""
-    from spatialdata.transformations import get_transformation
-
     check_spatialdata(sdata)
     if not sdata.images:
         raise ValueError("`sdata` has no image; read one with hg.io.read_he or add it to sdata.images")
@@ -49,10 +47,10 @@ def find_image(
         return validate.existing_key(image_key, sdata.images, "image_key")
     candidates = list(sdata.images)
     if shapes_key is not None and len(candidates) > 1:
-        systems = set(get_transformation(spot_element(sdata, shapes_key), get_all=True))
+        systems = set(systems_of(spot_element(sdata, shapes_key)))
         if coordinate_system is not None:
             systems &= {coordinate_system}
-        candidates = [k for k in candidates if systems & set(get_transformation(sdata.images[k], get_all=True))]
+        candidates = [key for key in candidates if systems & systems_of(sdata.images[key]).keys()]
     if not candidates:
         raise ValueError(
             f"`image_key`: no image shares a coordinate system with shapes {shapes_key!r}; images: {sorted(sdata.images)}"
@@ -66,11 +64,8 @@ def spots_to_pixels(
     sdata: SpatialData, image_key: str, shapes_key: str, coordinate_system: str | None, spots: Spots
 ) -> tuple[str, np.ndarray]:
     """Return the coordinate system, and the matrix from shapes through it to pixels of level 0."""
-    from spatialdata.transformations import get_transformation
-
     image, shapes = sdata.images[image_key], spot_element(sdata, shapes_key)
-    of_shapes = set(get_transformation(shapes, get_all=True))
-    shared = sorted(of_shapes & set(get_transformation(image, get_all=True)), key=lambda s: (s != "global", s))
+    shared = shared_systems(image, shapes)
     if coordinate_system is not None:
         if coordinate_system not in shared:
             raise ValueError(
@@ -159,18 +154,15 @@ def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) ->
 
 
 def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
-    from spatialdata.transformations import get_transformation
-
     image, mask = sdata.images[image_key], sdata.labels[tissue_key]
-    shared = set(get_transformation(image, get_all=True)) & set(get_transformation(mask, get_all=True))
+    shared = shared_systems(image, mask)
     if not shared:
         raise ValueError(
             f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
             "spatialdata.transformations.set_transformation"
         )
-    system = min(shared, key=lambda name: (name != "global", name))
-    what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {system!r}"
-    return _inverse(affine(mask, system), what) @ affine(image, system)
+    what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {shared[0]!r}"
+    return _inverse(affine(mask, shared[0]), what) @ affine(image, shared[0])
 
 
 @dataclass(frozen=True)
@@ -243,15 +235,13 @@ def _finest_image(
         raise ValueError(f"{ambiguous}: they show different tissue")
     if any(other.scale > best.scale * 0.99 for other in seen[1:]):
         raise ValueError(ambiguous)
-    blank = sorted(c.key for c in found if c.darkness.blank and c not in seen)
-    if blank:
+    if blank := sorted(c.key for c in found if c.darkness.blank and c not in seen):
         warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is used", stacklevel=4)
     if small := [c for c in found if c not in seen and not c.darkness.blank and _is_reduced(c, best)]:
         warnings.warn(
             f"image {small[0].key!r} is finer than {best.key!r} by their transformations, but smaller, and spots lie outside of it: "
             f"image {best.key!r} is used. If {small[0].key!r} shows the whole slide, it is a reduced image, not the full-resolution one "
             "of the coordinates of the spots; use the full-resolution image",
-            UserWarning,
             stacklevel=4,
         )
     logger.info("image %r is used, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found])
@@ -279,15 +269,10 @@ def _frames(
     sdata: SpatialData, keys: list[str], shapes_key: str | None, coordinate_system: str | None, spots: Spots | None
 ) -> dict[str, np.ndarray]:
     """Return the matrix from a shared frame (units of the spots, or a coordinate system) to the pixels of each image."""
-    from spatialdata.transformations import get_transformation
-
     if shapes_key is not None and spots is not None:
         return {key: spots_to_pixels(sdata, key, shapes_key, coordinate_system, spots)[1] for key in keys}
-    shared = set.intersection(*(set(get_transformation(sdata.images[key], get_all=True)) for key in keys))
-    if not shared:
-        return {}
-    system = "global" if "global" in shared else min(shared)
-    matrices = {key: affine(sdata.images[key], system) for key in keys}
+    shared = shared_systems(*(sdata.images[key] for key in keys))
+    matrices = {key: affine(sdata.images[key], shared[0]) for key in keys if shared}
     if any(abs(np.linalg.det(matrix)) < 1e-12 for matrix in matrices.values()):
         return {}
     return {key: np.linalg.inv(matrix) for key, matrix in matrices.items()}
@@ -344,7 +329,7 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
     sample = None
     if np.dtype(array.dtype).kind == "f" or array.shape[0] == 4:
         if centres is not None and len(centres):
-            chosen = centres[np.linspace(0, len(centres) - 1, min(16, len(centres))).astype(int)].astype(int)
+            chosen = subsample(centres, 16).astype(int)
             blocks = [array[:, max(0, y - 64) : y + 64, max(0, x - 64) : x + 64] for x, y in chosen]
             sample = np.concatenate([np.asarray(block).reshape(array.shape[0], -1) for block in blocks], axis=1)
         else:

@@ -37,6 +37,7 @@ def lazy_layer(embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> 
     The layer keeps copies, so later changes of the arrays do not affect it.
     """
     import dask.array as da
+    from dask.array.core import normalize_chunks
 
     embedding, weights, bias = (np.array(array, np.float32) for array in (embedding, weights, bias))
     digest = blake2b(digest_size=16)
@@ -46,9 +47,7 @@ def lazy_layer(embedding: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> 
         digest.update(array.data)
     n, g = len(embedding), len(bias)
     rows, genes = max(1, _SPOT_BLOCK // g), genes_at_once(n)
-    chunks = tuple(
-        tuple(min(size, total - start) for start in range(0, total, size)) for total, size in ((n, rows), (g, genes))
-    )
+    chunks = normalize_chunks((rows, genes), (n, g))
     block = partial(_block, embedding, weights, bias, rows, genes)
     name = f"{LAZY}{digest.hexdigest()}-{rows}-{genes}"
     return da.map_blocks(block, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0), np.float32), name=name)

@@ -104,17 +104,16 @@ def max_chunk_rows(values: Any) -> int:
 def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:
     """Yield blocks of rows of a matrix, in memory, dense or csr, with their position."""
     n_rows, n_columns = values.shape
-    if scipy.sparse.issparse(values):
-        values = in_memory(values)
-    elif getattr(values, "format", None) == "csc":
+    if scipy.sparse.issparse(values) or getattr(values, "format", None) == "csc":
         # Reading a csc matrix on disk once is cheaper than reading its rows.
         values = in_memory(values)
-    ends = np.cumsum(values.chunks[0]).tolist() if hasattr(values, "compute") else [n_rows]
+    is_lazy = hasattr(values, "compute")
+    ends = np.cumsum(values.chunks[0]).tolist() if is_lazy else [n_rows]
     step = max(1, _BLOCK // max(1, n_columns))
     start = 0
     for end in ends:
         # Compute each chunk of a dask array once.
-        part = in_memory(values[start:end]) if len(ends) > 1 or hasattr(values, "compute") else values
+        part = in_memory(values[start:end]) if is_lazy else values
         for first in range(0, end - start, step):
             last = min(first + step, end - start)
             yield slice(start + first, start + last), in_memory(part[first:last])

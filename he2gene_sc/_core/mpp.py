@@ -14,7 +14,7 @@ from .elements import he2gene_attrs, spot_element
 from .hints import mpp_hint
 from .keys import ATTRS
 from .logs import logger
-from .rasters import levels
+from .rasters import levels, shared_systems, systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -52,10 +52,11 @@ _BIN = r"^s_(\d+)um_"
 
 def check_mpp(mpp: float | None) -> None:
     """Raise unless µm per pixel is a plausible positive number, or ``None`` (unknown)."""
-    valid = isinstance(mpp, int | float | np.number) and not isinstance(mpp, bool) and np.isfinite(mpp) and mpp > 0
-    if mpp is not None and not valid:
+    if mpp is None:
+        return
+    if not (validate.is_number(mpp) and mpp > 0):
         raise ValueError(f"`mpp` is {mpp!r}; a positive number of µm per pixel is needed, for example 0.5")
-    if mpp is not None and not _PLAUSIBLE[0] <= mpp <= _PLAUSIBLE[1]:
+    if not _PLAUSIBLE[0] <= mpp <= _PLAUSIBLE[1]:
         raise ValueError(
             f"`mpp` is {mpp!r}; µm per pixel is needed, {_PLAUSIBLE[0]:g} to {_PLAUSIBLE[1]:g}: 0.5 for a 20× scan, 0.25 for 40×"
         )
@@ -82,8 +83,6 @@ def transform_points(xy: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
     """Return µm per pixel of an image that is stored in the object, by our readers or by a coordinate system in µm."""
-    from spatialdata.transformations import get_transformation
-
     stored = he2gene_attrs(sdata).get("mpp", {}).get(image_key)
     if stored is not None:
         if not (validate.is_number(stored) and stored > 0):
@@ -93,7 +92,7 @@ def stored_mpp(sdata: SpatialData, image_key: str) -> tuple[float, str] | None:
             )
         _check_same_image(sdata, image_key, float(stored))
         return float(stored), "metadata"
-    for system in get_transformation(sdata.images[image_key], get_all=True):
+    for system in systems_of(sdata.images[image_key]):
         if system.lower() in _MICROMETRE_SYSTEMS:
             return length_scale(affine(sdata.images[image_key], system)), f"coordinate system {system!r}"
     return None
@@ -110,10 +109,7 @@ def attrs_with_mpp(sdata: SpatialData, image_key: str, mpp: float) -> dict[str, 
 
 def _frame(image: Any) -> tuple[float, ...]:
     """Return width, height, length of a pixel, and position of the corner of an image in a coordinate system."""
-    from spatialdata.transformations import get_transformation
-
-    size, systems = levels(image)[0].sizes, get_transformation(image, get_all=True)
-    matrix = affine(image, "global" if "global" in systems else min(systems))
+    size, matrix = levels(image)[0].sizes, affine(image, shared_systems(image)[0])
     return size["x"], size["y"], length_scale(matrix, quiet=True), *map(float, matrix[:2, 2])
 
 
@@ -141,7 +137,6 @@ def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
         raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
     warnings.warn(
         f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is right, and lengths are wrong now; {own}",
-        UserWarning,
         stacklevel=5,
     )
 
@@ -157,11 +152,9 @@ def known_mpp(sdata: SpatialData, image_key: str, mpp: float | None) -> float:
 
 def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tuple[float, str] | None:
     """Return µm per pixel from the alignment of spots in µm: a coordinate system in µm, or shapes of Xenium's reader."""
-    from spatialdata.transformations import get_transformation
-
     scale = length_scale(to_pixels)
     element = spot_element(sdata, shapes_key)
-    for system in get_transformation(element, get_all=True):
+    for system in systems_of(element):
         if system.lower() in _MICROMETRE_SYSTEMS:
             return length_scale(affine(element, system)) / scale, f"coordinate system {system!r} of the spots"
     if sdata.attrs.get("spatialdata_io_reader") != "xenium":
@@ -170,9 +163,8 @@ def spots_mpp(sdata: SpatialData, shapes_key: str, to_pixels: np.ndarray) -> tup
     if shapes_key in sdata.shapes:
         return 1 / scale, "Xenium, shapes in µm"
     for other in [*sdata.shapes.values(), *sdata.points.values()]:
-        shared = set(get_transformation(other, get_all=True)) & set(get_transformation(element, get_all=True))
-        for system in sorted(shared):
-            um = length_scale(affine(element, system)) / length_scale(affine(other, system))
+        if shared := sorted(shared_systems(element, other)):
+            um = length_scale(affine(element, shared[0])) / length_scale(affine(other, shared[0]))
             return um / scale, "Xenium, shapes in µm"
     return None
 
@@ -184,7 +176,6 @@ def length_scale(matrix: np.ndarray, *, quiet: bool = False) -> float:
         warnings.warn(
             f"the transformations of image and spots are anisotropic or sheared: they scale lengths by {least:.4g} in one "
             f"direction and by {most:.4g} in the other; the mean is used. Resample the image to square pixels",
-            UserWarning,
             stacklevel=3,
         )
     return float(np.sqrt(most * least))
@@ -200,18 +191,16 @@ def resolve_mpp(
     to_pixels: np.ndarray,
     *,
     coordinate_system: str,
-    measured: bool,
-    lattice: np.ndarray | None = None,
-    spot_names: pd.Index | None = None,
+    obs: pd.DataFrame | None,
 ) -> tuple[float, str]:
     """Return µm per pixel and its source: the argument, else the value in the object, else a known assay.
 
     ``centres`` ``(n, 2)`` and ``diameter_px`` are in pixels of level 0; ``to_pixels`` maps the units of the spots to
-    pixels. If the spots are ``measured``, warn if the value contradicts the lattice of a known assay.
+    pixels; ``obs`` are their rows of the measured table, ``None`` without one. Warn if the value contradicts the lattice of
+    a known assay.
     """
-    from spatialdata.transformations import get_transformation
-
-    assay = _bins(lattice, spot_names) or known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    lattice = None if obs is None else array_lattice(obs, centres)
+    assay = _bins(lattice, obs) or known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
     by_array = _visium_array(lattice)
 
     def scaled(factor: float) -> str:
@@ -223,10 +212,8 @@ def resolve_mpp(
     else:
         found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
     if found is None:
-        per_unit = {
-            system: length_scale(affine(sdata.images[image_key], system), quiet=True)
-            for system in get_transformation(sdata.images[image_key], get_all=True)
-        }
+        image = sdata.images[image_key]
+        per_unit = {system: length_scale(affine(image, system), quiet=True) for system in systems_of(image)}
         hint = "".join(
             f"; if coordinate system {system!r} is in µm, {mpp_hint(image_key, value)}"
             for system, value in per_unit.items()
@@ -248,7 +235,7 @@ def resolve_mpp(
 
     assay = assay or by_array
     in_um = assay is not None and abs(assay[0] - 1) < _EXACT
-    if measured and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
+    if obs is not None and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
         ratio = found[0] / assay[0]
         in_um = abs(assay[0] - 1) < _NEARLY
         cause = (
@@ -261,7 +248,6 @@ def resolve_mpp(
         warnings.warn(
             f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which gives "
             f"{assay[0]:.4g}{tenfold}; {cause}",
-            UserWarning,
             stacklevel=4,
         )
     elif assay is not None and in_um and found[1] == assay[1]:
@@ -269,14 +255,12 @@ def resolve_mpp(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If so, the wrong pixels are read; transform them by the true µm/px, for "
             f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {mpp_hint(image_key, 1.0)}",
-            UserWarning,
             stacklevel=4,
         )
-    if not measured and found[1] == (assay and assay[1]):
+    if obs is None and found[1] == (assay and assay[1]):
         warnings.warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. These "
             f"spots have no counts, so they may not be of this assay; to be sure, {mpp_hint(image_key)}",
-            UserWarning,
             stacklevel=4,
         )
     logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
@@ -292,14 +276,14 @@ def _coordinate_frame(factor: float, mpp: float = 0.0) -> str:
 
 def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
     """Return the call that moves spots by a 3 × 3 matrix in pixels of the image, after their present transformation."""
-    from spatialdata.transformations import Identity, get_transformation
+    from spatialdata.transformations import Identity
 
     element = spot_element(sdata, shapes_key)
-    transformations = get_transformation(element, get_all=True)
+    transformations = systems_of(element)
     image = affine(sdata.images[image_key], system)
     whole = image @ matrix @ np.linalg.inv(image) @ affine(element, system)
     factor = whole[0, 0]
-    unmoved = isinstance(get_transformation(element, to_coordinate_system=system), Identity)
+    unmoved = isinstance(transformations[system], Identity)
     if unmoved and np.allclose(whole, np.diag([factor, factor, 1])):
         made = f"spatialdata.transformations.Scale([{factor:.6g}, {factor:.6g}], axes=('x', 'y'))"
     else:
@@ -338,11 +322,11 @@ def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
     return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 
 
-def _bins(lattice: np.ndarray | None, names: pd.Index | None) -> tuple[float, str] | None:
+def _bins(lattice: np.ndarray | None, obs: pd.DataFrame | None) -> tuple[float, str] | None:
     """Return µm/px from the array positions of Visium HD and the size in the names of its bins (s_008um_00012_00034-1)."""
-    if lattice is None or names is None:
+    if lattice is None or obs is None:
         return None
-    sizes = set(names.astype(str).str.extract(_BIN, expand=False))
+    sizes = set(obs.index.astype(str).str.extract(_BIN, expand=False))
     size = sizes.pop() if len(sizes) == 1 else None
     if not isinstance(size, str):
         return None

@@ -175,6 +175,11 @@ def annotation_target(table: AnnData) -> Mapping[str, Any] | None:
     return attrs
 
 
+def as_list(names: str | Iterable[Any]) -> list[str]:
+    """Return one or several names as a list."""
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
 def check_text_names(table: AnnData) -> AnnData:
     """Return the table; raise if its names are numbers, by which anndata cannot select rows."""
     for axis in ("obs_names", "var_names"):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from .element_results import element_names, replaced_element
-from .fill import StackedPredictions, check_fillable, fill_table, for_new_table
-from .invalidate import remove_derived, same_values, warn_removed
+from .fill import StackedPredictions, check_fillable, fill_table
 from .keys import INSTANCE, OWN_TABLE, REGION, SPATIAL, TABLE, Keys
 from .lazy import is_large
 from .ownership import foreign_keys, is_result, owns_spatial, recorded_keys, unchanged_keys
+from .results import remove_derived, same_values, warn_removed
 from .signatures import digest_of, same_digest
 from .validate import format_list
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
-    from .model_genes import WantedGenes
+    from .genes import WantedGenes
     from .slide import Slide
 
 #: Axes that each slot of a table is aligned to.
@@ -90,20 +91,17 @@ def check_place(sdata: SpatialData, name: str) -> None:
 
 def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
     """Raise for ids that ``TableModel`` would reject after the work is done."""
-    kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(ids, skipna=False)
-    if kind == "string" and ids.hasnans:
+    values = ids.categories if isinstance(ids, pd.CategoricalIndex) else ids
+    kind = "mixed" if isinstance(ids, pd.MultiIndex) else pd.api.types.infer_dtype(values, skipna=False)
+    if kind == "string" and values.hasnans:
         # Strings of pandas 3 have their own missing value.
         kind = "mixed"
-    if kind in ("integer", "string") or (kind == "categorical" and _is_plain(ids.categories)):
+    if kind in ("integer", "string"):
         return
     raise ValueError(
         f"`shapes_key` {shapes_key!r}: the ids of the spots are {kind} values ({format_list(map(repr, ids[:3]))}); a table "
         f"needs whole numbers or texts: sdata[{shapes_key!r}].index = sdata[{shapes_key!r}].index.map(str)"
     )
-
-
-def _is_plain(ids: pd.Index) -> bool:
-    return pd.api.types.infer_dtype(ids, skipna=False) in ("integer", "string")
 
 
 def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnData | None) -> AnnData:
@@ -125,7 +123,9 @@ def make_table(slides: Sequence[Slide], stacked: StackedPredictions, like: AnnDa
         obs=_obs(slides, like),
         var=pd.DataFrame({"ensembl_id": genes["ensembl_id"].astype(str)}, index=pd.Index(genes.index.astype(str))),
     )
-    fill_table(table, for_new_table(stacked))
+    # The table holds only these spots and genes, in their order.
+    wanted = replace(stacked.wanted, columns=np.arange(shape[1]), all_genes=False)
+    fill_table(table, replace(stacked, rows=np.arange(shape[0]), wanted=wanted))
     if fits:
         table.X = table.layers[stacked.keys.layer].copy()
     table.uns[OWN_TABLE] = {
@@ -183,11 +183,8 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
 
 
 def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> set[str]:
-    return {
-        axis
-        for axis, names in (("obs", obs_names), ("var", var_names))
-        if not getattr(before, f"{axis}_names").equals(names)
-    }
+    same = {"obs": before.obs_names.equals(obs_names), "var": before.var_names.equals(var_names)}
+    return {axis for axis, is_same in same.items() if not is_same}
 
 
 def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .keys import OWN_TABLE, SPATIAL, Keys
-from .signatures import is_unchanged, slot_digest
+from .signatures import is_unchanged
 from .validate import format_list
 
 if TYPE_CHECKING:
@@ -71,13 +71,6 @@ def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) ->
         "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood + [keys.tissue],
         "obsm": [keys.embedding] + [keys.proba] * classes,
         "uns": [keys.rows] + [keys.colors] * classes,
-    }
-
-
-def signatures_of(table: AnnData, written: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Return digests of the values that were just written, in the order of ``written``."""
-    return {
-        slot: [slot_digest(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"
     }
 
 

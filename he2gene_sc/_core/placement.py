@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..image import MIN_TISSUE
 from .images import darkness_at, subsample
 from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
 from .spots import pitch_of
@@ -36,6 +37,7 @@ _OFF_TISSUE, _ON_TISSUE = 0.92, 0.98
 #: Shifts to try, as fractions of the extent of the spots; pixels of the overview; largest level that it is read from.
 _SHIFTS, _OVERVIEW_PX, _MAX_LEVEL_PX = np.linspace(-0.3, 0.3, 25), 400_000, 10**8
 
+_AS_IS = "nothing were changed"
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
 
 
@@ -49,31 +51,28 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         message = _outside_message(sdata, slide, outside)
         if not slide.inside.any():
             raise ValueError(message)
-        warnings.warn(
-            f"{message} Spots outside are not predicted, the others may be misplaced", UserWarning, stacklevel=4
-        )
-    if len(slide.centres) > 1 and pitch_of(slide.centres) == 0:
+        warnings.warn(f"{message} Spots outside are not predicted, the others may be misplaced", stacklevel=4)
+    pitch = pitch_of(slide.centres) if len(slide.centres) > 1 else np.inf
+    if pitch == 0:
         raise ValueError(
             f"`shapes_key` {slide.shapes_key!r}: most spots lie on top of each other; each needs its own centre. Check how the "
             "shapes were made, and keep joined sections as separate regions"
         )
-    diameter, pitch = slide.diameter_um / slide.mpp, pitch_of(slide.centres) if len(slide.centres) > 1 else np.inf
+    diameter = slide.diameter_px
     if slide.table_key is not None and diameter > _OVERLAP * pitch:
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: the spots overlap, with a diameter of {diameter:.3g} px {pitch:.3g} px apart on image "
             f"{slide.image_key!r}. Their coordinates look like those of a smaller image, or the diameter is that of another slide: "
             "spots may be predicted from other tissue. Check both, or transform the spots by the width of this image over the width of "
             f"that one; side by side they would be with: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
-            UserWarning,
             stacklevel=4,
         )
-    if slide.inside.any():
-        side = slide.diameter_um / slide.mpp
-        if darkness_at(slide.pyramid, slide.image_key, subsample(slide.centres[slide.inside]), side).blank:
-            raise ValueError(
-                f"`image_key` {slide.image_key!r} is blank at all spots: black, white or transparent. Name the image that "
-                "shows the tissue, or check the transformations"
-            )
+    # Without spots inside, an image is not blank.
+    if darkness_at(slide.pyramid, slide.image_key, subsample(slide.centres[slide.inside]), diameter).blank:
+        raise ValueError(
+            f"`image_key` {slide.image_key!r} is blank at all spots: black, white or transparent. Name the image that "
+            "shows the tissue, or check the transformations"
+        )
     _check_orientation(sdata, slide)
 
 
@@ -113,7 +112,7 @@ def _possible_causes(sdata: SpatialData, slide: Slide) -> Iterator[tuple[str, np
         what = f"`{name}` {factor:.4g} in uns['spatial']"
         yield f"full-resolution coordinates on a reduced image, by {what}", np.diag([factor, factor, 1])
         yield f"coordinates of a reduced image, by {what}", np.diag([1 / factor, 1 / factor, 1])
-    assay = known_assay(slide.centres, slide.diameter_um / slide.mpp)
+    assay = known_assay(slide.centres, slide.diameter_px)
     if assay is not None and not _SAME_SIZE < assay[0] / slide.mpp < 1 / _SAME_SIZE:
         factor = assay[0] / slide.mpp
         what = f"the pitch of {assay[1]} at {slide.mpp:.4g} µm/px"
@@ -149,24 +148,20 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
                 f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
                 "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns belong "
                 "to another array, delete them",
-                UserWarning,
                 stacklevel=5,
             )
         _check_swap(sdata, slide)
         return
-    if slide.diameter_um / slide.mpp >= _TOUCHING * pitch_of(slide.centres):
+    if slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
         _check_swap(sdata, slide)
         return
     if np.linalg.det(lattice) >= 0:
         return
-    width, height = slide.pyramid.width, slide.pyramid.height
     if abs(lattice[0, 1] * lattice[1, 0]) > abs(lattice[0, 0] * lattice[1, 1]):
         causes = {"x and y of the spots look swapped": _SWAP}
     else:
-        causes = {
-            "x of the spots looks mirrored": np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]]),
-            "y of the spots looks mirrored": np.array([[1.0, 0, 0], [0, -1, height], [0, 0, 1]]),
-        }
+        mirrors = mirror_matrices(slide)
+        causes = {f"{axis} of the spots looks mirrored": mirrors[f"{axis} of the spots were mirrored"] for axis in "xy"}
     better = {cause: _compare_placements(sdata, slide, matrix) for cause, matrix in causes.items()}
     if max(better.values()) < 0:
         return
@@ -180,7 +175,6 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
         f"`array_row` and `array_col` of table {slide.table_key!r} are mirrored against the pixels: {cause}{shown}. If so, "
         f"all spots are predicted from other tissue; correct it with {call}. Ignore this "
         "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns",
-        UserWarning,
         stacklevel=5,
     )
 
@@ -193,7 +187,6 @@ def _check_swap(sdata: SpatialData, slide: Slide) -> None:
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
             f"are exchanged. If so, all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, _SWAP)}",
-            UserWarning,
             stacklevel=5,
         )
 
@@ -203,26 +196,10 @@ def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None
 
     ``share`` ``(n,)`` is the fraction of tissue at each spot. An overview of the image is only read if too few are on tissue.
     """
-    from ..image import MIN_TISSUE
-
     now = float((share >= MIN_TISSUE).mean()) if len(share) else 1.0
     if now >= _OFF_TISSUE or slide.pyramid.levels[-1].height * slide.pyramid.levels[-1].width > _MAX_LEVEL_PX:
         return
-    found = _better_placement(slide)
-    if found is None:
-        return
-    cause, matrix, then = found
-    warnings.warn(
-        f"`shapes_key` {slide.shapes_key!r}: {now:.0%} of the spots lie on tissue, and {then:.0%} would if {cause}. If so, all spots are "
-        f"predicted from other tissue; correct it with {_fix_call(sdata, slide, matrix)}. Ignore this warning if the spots cover glass too",
-        UserWarning,
-        stacklevel=3,
-    )
-
-
-def _better_placement(slide: Slide) -> tuple[str, np.ndarray, float] | None:
-    """Return cause, matrix and fraction on tissue of the placement with most spots on tissue, if nearly all are."""
-    placements = {"nothing were changed": np.eye(3), **mirror_matrices(slide)}
+    placements = {_AS_IS: np.eye(3), **mirror_matrices(slide)}
     # Try small shifts first, which win among equally good ones.
     for x, y in sorted(((x, y) for x in _SHIFTS for y in _SHIFTS), key=lambda shift: np.hypot(*shift)):
         matrix = shift_matrix(slide, x, y)
@@ -230,9 +207,13 @@ def _better_placement(slide: Slide) -> tuple[str, np.ndarray, float] | None:
     shares = tissue_shares(slide, placements)
     cause = max(shares, key=shares.__getitem__)
     # The overview may find tissue at the present placement where the full resolution does not.
-    if shares["nothing were changed"] >= _OFF_TISSUE or shares[cause] < _ON_TISSUE:
-        return None
-    return cause, placements[cause], shares[cause]
+    if shares[_AS_IS] >= _OFF_TISSUE or shares[cause] < _ON_TISSUE:
+        return
+    warnings.warn(
+        f"`shapes_key` {slide.shapes_key!r}: {now:.0%} of the spots lie on tissue, and {shares[cause]:.0%} would if {cause}. If so, all spots are "
+        f"predicted from other tissue; correct it with {_fix_call(sdata, slide, placements[cause])}. Ignore this warning if the spots cover glass too",
+        stacklevel=3,
+    )
 
 
 def mirror_matrices(slide: Slide) -> dict[str, np.ndarray]:
@@ -256,12 +237,12 @@ def tissue_shares(slide: Slide, placements: Mapping[str, np.ndarray]) -> dict[st
     """Return the fraction of spots on tissue after each transformation, from an overview of the image; outside is glass."""
     from scipy.ndimage import uniform_filter
 
-    from ..image import MIN_TISSUE, read_reduced, tissue_pixels
+    from ..image import read_reduced, tissue_pixels
 
     overview = tissue_pixels(read_reduced(slide.pyramid, _OVERVIEW_PX, slide.pixel_factor))[0]
     size = np.array(overview.shape[::-1])
     scale = size / [slide.pyramid.width, slide.pyramid.height]
-    side = max(1, round(slide.diameter_um / slide.mpp * float(scale.mean())))
+    side = max(1, round(slide.diameter_px * float(scale.mean())))
     on_tissue = uniform_filter(overview.astype(np.float32), side) >= MIN_TISSUE
     centres, shares = subsample(slide.centres, 2000), {}
     for cause, matrix in placements.items():
@@ -273,9 +254,8 @@ def tissue_shares(slide: Slide, placements: Mapping[str, np.ndarray]) -> dict[st
 
 def _darkness_before_after(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
     """Return the darkness under some spots, before and after a transformation."""
-    side, centres = slide.diameter_um / slide.mpp, slide.centres[chosen]
-    places = (centres, transform_points(centres, matrix))
-    return [darkness_at(slide.pyramid, slide.image_key, place, side).mean for place in places]
+    places = (slide.centres[chosen], transform_points(slide.centres[chosen], matrix))
+    return [darkness_at(slide.pyramid, slide.image_key, place, slide.diameter_px).mean for place in places]
 
 
 def _compare_placements(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:

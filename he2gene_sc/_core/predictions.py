@@ -29,17 +29,13 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
     if table_key is not None:
         validate.existing_key(table_key, sdata.tables, "table_key")
-        if not is_prediction(sdata[table_key].uns.get(Keys(prediction_key).uns)):
-            raise ValueError(
-                f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first"
-            )
-        check_text_names(sdata[table_key])
-        return table_key
-    found = [key for key, table in sdata.tables.items() if is_prediction(table.uns.get(Keys(prediction_key).uns))]
-    measured = [key for key in found if OWN_TABLE not in sdata[key].uns]
-    candidates = measured or found
+    tables = sdata.tables if table_key is None else {table_key: sdata[table_key]}
+    found = [key for key, table in tables.items() if is_prediction(table.uns.get(prediction_key))]
+    candidates = [key for key in found if OWN_TABLE not in sdata[key].uns] or found
+    if not candidates and table_key is not None:
+        raise ValueError(f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first")
     if not candidates:
-        lost = [key for key, table in sdata.tables.items() if prediction_key in table.layers]
+        lost = [key for key, table in tables.items() if prediction_key in table.layers]
         hint = f" ({lost} have the layer, but not the record in uns: anndata.concat keeps it with uns_merge='first')"
         raise ValueError(
             f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"

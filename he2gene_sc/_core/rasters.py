@@ -1,4 +1,4 @@
-"""Arrays of images and labels, and the zarr arrays that they read lazily."""
+"""Parts of elements: arrays of images, labels and tables, zarr arrays that they read lazily, and transformations."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ def levels(element: Any) -> list[Any]:
     if hasattr(element, "children"):
         return [next(iter(level.data_vars.values())) for level in element.children.values()]
     return [element]
+
+
+def entries_of(table: Any, slot: str) -> dict[str, Any]:
+    """Return the entries of a slot by key; anndata 0.13 and later also list X among the layers, as ``None``."""
+    return {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
 
 
 def zarr_folders(array: Any) -> list[Path]:
@@ -26,3 +31,16 @@ def zarr_sources(array: Any) -> list[tuple[Path, Any]]:
             sources.append(dict(layer)[name])
     roots = [(getattr(getattr(source, "store", None), "root", None), source) for source in sources]
     return [(Path(root, source.path), source) for root, source in roots if root is not None]
+
+
+def systems_of(element: Any) -> dict[str, Any]:
+    """Return the transformations of an element by coordinate system."""
+    from spatialdata.transformations import get_transformation
+
+    return get_transformation(element, get_all=True)
+
+
+def shared_systems(first: Any, *others: Any) -> list[str]:
+    """Return the coordinate systems that elements share, ``"global"`` first."""
+    shared = set(systems_of(first)).intersection(*map(systems_of, others))
+    return sorted(shared, key=lambda name: (name != "global", name))

@@ -12,19 +12,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from . import validate
-from .elements import is_object
-from .invalidate import remove_derived, same_values, warn_removed
+from .elements import is_object, objects_in
 from .keys import Keys
-from .ownership import is_record_of, signatures_of, unchanged_keys
-from .signatures import same_digest
+from .matrix import dense
+from .ownership import is_record_of, unchanged_keys
+from .rasters import entries_of
+from .signatures import same_digest, slot_digest
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 _MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
+#: Values that are compared at once.
+_BLOCK = 1 << 24
+#: Parameters that name the input of a function: a layer, a column of ``obs``, another result, a prediction.
+_INPUT_PARAMETERS = ("layer", "measured", "counts", "groupby", "domain_key", "key", "prediction")
 
 
 @dataclass(frozen=True)
@@ -40,16 +46,8 @@ class Result:
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
     """Return the table of each object in which a verb wrote ``uns[key]``; ``data`` is one object or table, or several."""
-    if is_object(data):
-        objects = [data]
-    elif isinstance(data, Iterable) and not isinstance(data, str | Mapping):
-        objects = list(data)
-    else:
-        raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object, or several, are needed")
     found = []
-    for item in objects:
-        if not is_object(item):
-            raise TypeError(f"`data` holds a {type(item).__name__}; SpatialData or AnnData objects are needed")
+    for item in objects_in(data):
         tables = item.tables if hasattr(item, "tables") else {"": item}
         if table_key is not None and hasattr(item, "tables"):
             validate.existing_key(table_key, tables, "table_key")
@@ -62,8 +60,6 @@ def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -
             raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
         validate.not_ambiguous(written, "table_key")
         found.append(tables[written[0]])
-    if not found:
-        raise ValueError("`data` is empty; at least one object is needed")
     return found
 
 
@@ -73,7 +69,7 @@ def find_result(data: Any, verb: str, key: str, table_key: str | None = None) ->
 
 
 def write_result(
-    table: AnnData,
+    tables: AnnData | Sequence[AnnData],
     verb: str,
     key: str,
     *,
@@ -81,20 +77,15 @@ def write_result(
     facts: Mapping[str, Any] | None = None,
     **slots: Mapping[str, Any],
 ) -> None:
-    """Write all results of a verb at once, or none if it is interrupted; ``slots`` map slot to key to value.
+    """Write all results of a verb into one or several tables, or none if it is interrupted; ``slots`` map slot to key to value.
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (keys by slot), ``signatures`` of the values, and the ``facts``.
     Entries that only an earlier run of the verb wrote under the same key are removed. Results that were computed from
     changed values are removed with a warning.
     """
-    write_results([(table, _result(verb, key, params, facts, slots))], stacklevel=3)
-
-
-def write_to_all(
-    tables: Sequence[AnnData], verb: str, key: str, *, params: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    """Write one record into all of several tables, or into none; parameters as for :func:`write_result`."""
-    write_results([(table, _result(verb, key, params, facts, {})) for table in tables], stacklevel=3)
+    given = {name: value for name, value in params.items() if value is not None}
+    result = Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
+    write_results([(table, result) for table in ([tables] if is_object(tables) else tables)], stacklevel=3)
 
 
 def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2) -> None:
@@ -113,36 +104,23 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
 @contextmanager
 def restore_on_error(table: AnnData) -> Iterator[None]:
     """Restore every slot of a table if the block raises, also on Ctrl-C."""
-    # anndata 0.13 and later list X among the layers, as None.
-    mappings = {
-        name: {key: slot[key] for key in slot if key is not None}
-        for name, slot in ((name, getattr(table, name)) for name in _MAPPINGS)
-    }
+    before = {name: entries_of(table, name) for name in _MAPPINGS}
     frames = {name: getattr(table, name).copy() for name in ("obs", "var")}
     try:
         yield
     except BaseException:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _restore(table, mappings, frames)
+            for name, frame in frames.items():
+                setattr(table, name, frame)
+            for name, entries in before.items():
+                slot = getattr(table, name)
+                for key in entries_of(table, name).keys() - entries.keys():
+                    del slot[key]
+                for key, value in entries.items():
+                    if key not in slot or slot[key] is not value:
+                        slot[key] = value
         raise
-
-
-def _restore(table: AnnData, mappings: Mapping[str, dict], frames: Mapping[str, pd.DataFrame]) -> None:
-    for name, frame in frames.items():
-        setattr(table, name, frame)
-    for name, before in mappings.items():
-        slot = getattr(table, name)
-        for key in [key for key in slot if key is not None and key not in before]:
-            del slot[key]
-        for key, value in before.items():
-            if key not in slot or slot[key] is not value:
-                slot[key] = value
-
-
-def _result(verb: str, key: str, params: Mapping, facts: Mapping | None, slots: Mapping) -> Result:
-    given = {name: value for name, value in params.items() if value is not None}
-    return Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
 
 
 def _write(table: AnnData, result: Result) -> list[str]:
@@ -150,16 +128,16 @@ def _write(table: AnnData, result: Result) -> list[str]:
     before = table.uns.get(result.key)
     old = unchanged_keys(table, result.key) if is_record_of(result.verb, before) else {}
     removed = remove_derived(table, _changed(table, result, old, before), keep=result.key)
-    for slot, names in old.items():
-        for name in names:
-            if name in getattr(table, slot) and name not in result.slots.get(slot, {}):
-                del getattr(table, slot)[name]
+    _delete(table, {slot: set(names).difference(result.slots.get(slot, ())) for slot, names in old.items()})
     for slots in (result.slots, result.unrecorded):
         for slot, values in slots.items():
             for name, value in values.items():
                 getattr(table, slot)[name] = value
     written = {slot: list(values) for slot, values in result.slots.items() if values}
-    table.uns[result.key] = {**result.record, "written": written, "signatures": signatures_of(table, written)}
+    signatures = {
+        slot: [slot_digest(table, slot, name) for name in names] for slot, names in written.items() if slot != "uns"
+    }
+    table.uns[result.key] = {**result.record, "written": written, "signatures": signatures}
     return removed
 
 
@@ -181,6 +159,57 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
 
 def _same(slot: str, before: Any, after: Any) -> bool:
     return same_values(before, after) if slot == "layers" else same_digest(pd.Series(before), pd.Series(after))
+
+
+def same_values(before: Any, after: Any) -> bool:
+    """Whether two layers are equal, NaN included; compared block by block."""
+    if before.shape != after.shape:
+        return False
+    step = max(1, _BLOCK // max(1, after.shape[1]))
+    blocks = (slice(start, start + step) for start in range(0, len(after), step))
+    return all(np.array_equal(dense(before[rows]), dense(after[rows]), equal_nan=True) for rows in blocks)
+
+
+def remove_derived(table: AnnData, names: Iterable[str], keep: str | None = None) -> list[str]:
+    """Remove results that depend, directly or not, on changed layers, columns or results, except ``uns[keep]``.
+
+    Return their keys in ``uns``. Entries that a user has changed are kept. Call it inside ``restore_on_error``.
+    """
+    names, removed = set(names), []
+    while found := [key for key, record in table.uns.items() if key != keep and _depends_on(record, names)]:
+        for key in found:
+            written = unchanged_keys(table, key)
+            names.update([key], *written.values())
+            _delete(table, {**written, "uns": [key, *written.get("uns", ())]})
+        removed += found
+    return removed
+
+
+def _delete(table: AnnData, entries: Mapping[str, Iterable[str]]) -> None:
+    for slot, names in entries.items():
+        for name in names:
+            if name in getattr(table, slot):
+                del getattr(table, slot)[name]
+
+
+def warn_removed(removed: list[str], stacklevel: int) -> None:
+    """Warn of results that were removed, if any."""
+    if removed:
+        warnings.warn(
+            f"results that were computed from changed values were removed: uns {sorted(set(removed))}, with their layers and "
+            "columns; run the functions that wrote them again",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def _depends_on(record: Any, names: set[str]) -> bool:
+    if not isinstance(record, Mapping) or not {"verb", "params"} <= set(record):
+        return False
+    params = record["params"]
+    read = [params.get(name) for name in _INPUT_PARAMETERS]
+    if "layer" not in params or "annotation_key" in params:
+        read.append(params.get("prediction_key"))
+    return any(isinstance(name, str) and name in names for name in read)
 
 
 def scores_of(table: AnnData, keys: Keys) -> dict[str, tuple[str, str]]:

@@ -15,8 +15,8 @@ from .hints import STATE_MPP, use_mpp_hint
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import OWN_TABLE
 from .logs import logger
-from .mpp import array_lattice, check_mpp, length_scale, resolve_mpp, transform_points
-from .names import annotation_target
+from .mpp import check_mpp, length_scale, resolve_mpp, transform_points
+from .names import annotation_target, as_list
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class Slide:
     centres: np.ndarray  # (n, 2), pixels of level 0
     inside: np.ndarray  # whether the centre lies inside the image
     diameter_um: float  # median over spots
+
+    @property
+    def diameter_px(self) -> float:
+        """Diameter in pixels of level 0."""
+        return self.diameter_um / self.mpp
 
 
 def resolve(
@@ -97,7 +102,6 @@ def _resolve_one(
     centres = transform_points(spots.centres, to_pixels)
     diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
     pyramid = pyramid_of(sdata, image_key)
-    obs = None if table_key is None else sdata[table_key].obs.iloc[rows]
     mpp, source = resolve_mpp(
         sdata,
         image_key,
@@ -107,9 +111,7 @@ def _resolve_one(
         diameter_px,
         to_pixels,
         coordinate_system=system,
-        measured=table_key is not None,
-        lattice=None if obs is None else array_lattice(obs, centres),
-        spot_names=None if obs is None else obs.index,
+        obs=None if table_key is None else sdata[table_key].obs.iloc[rows],
     )
     outlines = shapes_key not in sdata.shapes or "radius" not in sdata.shapes[shapes_key].columns
     side_by_side = outlines or (len(centres) > 1 and pitch_of(centres) < 1.5 * diameter_px)
@@ -213,9 +215,9 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         value = record.get(name)
         return value.get(region) if isinstance(value, Mapping) else value
 
-    regions = _as_list(attrs["region"])
+    regions = as_list(attrs["region"])
     # Prefer the predicted regions: others may have no image.
-    regions = [region for region in regions if region in _as_list(record.get("shapes", regions))] or regions
+    regions = [region for region in regions if region in as_list(record.get("shapes", regions))] or regions
     found: list[Slide] = []
     for region in regions:
         with use_mpp_hint(STATE_MPP):
@@ -228,7 +230,3 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
                 mpp=recorded("mpp", region),
             )
     return tuple(found)
-
-
-def _as_list(names: str | Iterable[str]) -> list[str]:
-    return [names] if isinstance(names, str) else [str(name) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.sparse import issparse
 
 from . import validate
-from .elements import find_table, is_object
+from .elements import find_table, objects_in
 from .expression import as_logs
 from .genes import find_genes
 from .keys import OWN_TABLE, PATIENT, SECTION
@@ -51,9 +51,10 @@ def get_table(
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
         return check_text_names(data)
+    key = table_key
     if prediction_key is not None:
-        return data[predicted_table(data, prediction_key, table_key)]
-    if layer is not None and table_key is None:
+        key = predicted_table(data, prediction_key, table_key)
+    elif layer is not None and table_key is None:
         found = [key for key, table in data.tables.items() if layer in table.layers]
         candidates = [key for key in found if OWN_TABLE not in data[key].uns] or found
         if not candidates:
@@ -62,10 +63,11 @@ def get_table(
                 "first, or pass layer=None for measured counts"
             )
         validate.not_ambiguous(candidates, "table_key")
-        return check_text_names(data[candidates[0]])
-    if table_key is None and len(data.tables) == 1:
-        return check_text_names(next(iter(data.tables.values())))
-    key = table_key if table_key in data.tables else find_table(data, table_key)
+        key = candidates[0]
+    elif table_key is None and len(data.tables) == 1:
+        (key,) = data.tables
+    elif table_key not in data.tables:
+        key = find_table(data, table_key)
     if key is None:
         raise ValueError(f"`data` has no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
     return check_text_names(data[key])
@@ -158,21 +160,25 @@ class SpotData:
             [f"section {section!r} of sample {sample!r} (object {i})" for section, sample, i in spots], object
         )
 
-    def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield blocks of logarithms, ``(b, g)`` float32, with the positions of their spots."""
-        names = self.genes if genes is None else genes
+    def chunks(self) -> Iterator[tuple[int, slice, AnnData]]:
+        """Yield blocks of spots: the index of their table, their positions, and the table of only these spots."""
         start = 0
-        for table, rows in zip(self.tables, self.rows, strict=True):
-            columns = find_genes(names, table.var_names)
-            missing = columns < 0
+        for i, (table, rows) in enumerate(zip(self.tables, self.rows, strict=True)):
             step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
-                block = as_logs(values_of(table[chosen], self.layer), self.scale, columns)
-                # Only with join="outer": genes that a table of counts does not list were not detected.
-                block[:, missing] = 0
-                yield slice(start + first, start + first + len(chosen)), block
-            start += len(rows)
+                yield i, slice(start, start + len(chosen)), table[chosen]
+                start += len(chosen)
+
+    def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield blocks of logarithms, ``(b, g)`` float32, with the positions of their spots."""
+        names = self.genes if genes is None else genes
+        columns = [find_genes(names, table.var_names) for table in self.tables]
+        for i, where, table in self.chunks():
+            block = as_logs(values_of(table, self.layer), self.scale, columns[i])
+            # Only with join="outer": genes that a table of counts does not list were not detected.
+            block[:, columns[i] < 0] = 0
+            yield where, block
 
     def sums(self, codes: np.ndarray, n: int, *transforms: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return sums of transformed logarithms ``(b, g)`` over the spots of each code, ``(len(transforms), n, g)``.
@@ -222,20 +228,9 @@ class SpotData:
         """Return a subset of the spots; ``kept`` is ``(n,)`` bool."""
         ends = np.cumsum([len(rows) for rows in self.rows])
         masks = np.split(kept, ends[:-1])
-        return replace(
-            self,
-            rows=tuple(rows[mask] for rows, mask in zip(self.rows, masks, strict=True)),
-            labels=self.labels[kept],
-            samples=self.samples[kept],
-            sections=self.sections[kept],
-            objects=self.objects[kept],
-            xy=None if self.xy is None else self.xy[kept],
-        )
-
-
-def is_many(data: object) -> bool:
-    """Whether ``data`` is not a single object or table."""
-    return not is_object(data)
+        rows = tuple(rows[mask] for rows, mask in zip(self.rows, masks, strict=True))
+        by_spot = {name: getattr(self, name)[kept] for name in ("labels", "samples", "sections", "objects")}
+        return replace(self, rows=rows, xy=None if self.xy is None else self.xy[kept], **by_spot)
 
 
 def read_spots(
@@ -253,11 +248,7 @@ def read_spots(
 
     ``parameter`` is the public name of ``label_key``. With ``samples_needed``, each of several objects has to name its samples.
     """
-    if is_many(data) and (isinstance(data, str | Mapping) or not isinstance(data, Iterable)):
-        raise TypeError(f"`data` is a {type(data).__name__}; SpatialData or AnnData objects are needed")
-    tables = tuple([get_table(item, table_key, layer=layer) for item in (data if is_many(data) else [data])])
-    if len(tables) == 0:
-        raise ValueError("`data` is empty; at least one object is needed")
+    tables = tuple(get_table(item, table_key, layer=layer) for item in objects_in(data))
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
     if samples_needed and lacking and len(tables) > 1:
         raise ValueError(

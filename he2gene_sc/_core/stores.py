@@ -108,22 +108,41 @@ def fingerprint(store: Path, kind: str, name: str) -> Fingerprint:
     )
 
 
-def _attrs(store: Path) -> Mapping[str, Any]:
+def root_attrs(store: Path) -> dict[str, Any] | None:
+    """Return the attributes of the root group; ``None`` if the folder is not a zarr group."""
+    for name in ("zarr.json", ".zattrs"):
+        if (store / name).is_file():
+            try:
+                content = json.loads((store / name).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"the store {str(store)!r} is damaged: {name} is not JSON ({error})") from error
+            content = content.get("attributes", {}) if isinstance(content, dict) and name == "zarr.json" else content
+            if isinstance(content, dict):
+                return content
+    return None
+
+
+def _attrs(store: Path) -> dict[str, Any]:
     """Return the root attributes; empty if damaged, which raises where they are read."""
-    current = (store / "zarr.json").is_file()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        content = json.loads((store / ("zarr.json" if current else ".zattrs")).read_bytes())
-        attrs = content.get("attributes", {}) if current else content
-        return attrs if isinstance(attrs, Mapping) else {}
+    with contextlib.suppress(OSError, ValueError):
+        return root_attrs(store) or {}
     return {}
 
 
-def _user_attrs(attrs: Mapping[str, Any]) -> dict[str, str]:
-    """Return each attribute as JSON, without entries that belong to the store."""
-    kept = {str(key): value for key, value in attrs.items() if key != "spatialdata_attrs"}
+def without_store_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes without the entries that belong to the store."""
+    kept = {key: value for key, value in attrs.items() if key != "spatialdata_attrs"}
     if isinstance(kept.get(ATTRS), Mapping):
         kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
-    return {key: _as_json(value) for key, value in kept.items() if not (isinstance(value, Mapping) and not value)}
+        if not kept[ATTRS]:
+            del kept[ATTRS]
+    return kept
+
+
+def _user_attrs(attrs: Mapping[str, Any]) -> dict[str, str]:
+    """Return each attribute as JSON, without empty ones and those that belong to the store."""
+    kept = without_store_attrs(attrs).items()
+    return {str(key): _as_json(value) for key, value in kept if not (isinstance(value, Mapping) and not value)}
 
 
 def _as_json(value: Any) -> str:
@@ -216,15 +235,15 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
     if not isinstance(sdata.path, str | Path):
         return
     path, place = str(sdata.path), resolved(sdata.path)
-    noted = _NOTED.get(sdata)
-    if noted is not None and (noted.path == path or noted.place == place):
-        if noted.place != place:
+    known = _NOTED.get(sdata)
+    if known is not None and (known.path == path or known.place == place):
+        if known.place != place:
             raise FileNotFoundError(
-                f"`sdata` was read from the store {str(noted.place)!r}, but its path {path!r} now leads to {str(place)!r}: the "
-                f"working folder, or a link, has changed. Go back with os.chdir({str(noted.place.parent)!r}), or read the store "
+                f"`sdata` was read from the store {str(known.place)!r}, but its path {path!r} now leads to {str(place)!r}: the "
+                f"working folder, or a link, has changed. Go back with os.chdir({str(known.place.parent)!r}), or read the store "
                 "again by its absolute path"
             )
-        noted.path = path
+        known.path = path
     elif place.is_dir():
         if not replaces and not Path(path).is_absolute():
             _check_counts(sdata, path, place)
@@ -237,19 +256,14 @@ def note(sdata: SpatialData, *, replaces: bool = False) -> None:
 
 def remember(sdata: SpatialData, state: Mapping[tuple[str, str], Fingerprint]) -> None:
     """Record the files that an object was read from, or that were just written to its store."""
-    _NOTED[sdata] = _Noted(str(sdata.path), resolved(str(sdata.path)), {**remembered(sdata), **state})
+    _NOTED[sdata] = _Noted(str(sdata.path), resolved(str(sdata.path)), {**noted(sdata).files, **state})
 
 
-def remembered(sdata: SpatialData) -> dict[tuple[str, str], Fingerprint]:
-    """Return the recorded fingerprints of the files of an object's store."""
-    noted = _NOTED.get(sdata)
-    return noted.files if noted is not None and noted.place == resolved(str(sdata.path)) else {}
-
-
-def possible_changes(sdata: SpatialData) -> dict[tuple[str, str], set[str]]:
-    """Return the differences at first use, in files that are younger than this process."""
-    noted = _NOTED.get(sdata)
-    return noted.possible_changes if noted is not None and noted.place == resolved(str(sdata.path)) else {}
+def noted(sdata: SpatialData) -> _Noted:
+    """Return what was recorded of an object's store; empty if nothing was, or if the object has another store now."""
+    path, place = str(sdata.path), resolved(str(sdata.path))
+    found = _NOTED.get(sdata)
+    return found if found is not None and found.place == place else _Noted(path, place, {})
 
 
 def _check_counts(sdata: SpatialData, path: str, place: Path) -> None:

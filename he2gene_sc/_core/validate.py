@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def key_in(key: Any, available: Iterable[Any], parameter: str, *, what: str = "a
     names = list(available)
     if isinstance(key, str | int | float | tuple) and key in names:
         return key
-    shown = names[:_SHOWN] if len(names) > _SHOWN else names
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {shown}{more}{suggest(key, names)}{hint}")
+    raise ValueError(f"`{parameter}` {key!r} is not {what}, valid: {names[:_SHOWN]}{more}{suggest(key, names)}{hint}")
 
 
 def existing_key(key: Any, available: Iterable[Any], parameter: str, hint: str = "") -> Any:
@@ -110,19 +110,10 @@ def in_range(
     what: str = "a number",
 ) -> float:
     """Check that a number is finite and in a range; ``least`` and ``most`` are included, ``above`` and ``below`` are not."""
-    inside = is_number(value) and (
-        (least is None or value >= least)
-        and (above is None or value > above)
-        and (most is None or value <= most)
-        and (below is None or value < below)
-    )
-    if inside:
+    limits = (("from", least, ge), ("above", above, gt), ("to", most, le), ("below", below, lt))
+    if is_number(value) and all(bound is None or holds(value, bound) for _, bound, holds in limits):
         return value
-    bounds = [
-        f"{word} {bound:g}"
-        for word, bound in (("from", least), ("above", above), ("to", most), ("below", below))
-        if bound is not None
-    ]
+    bounds = [f"{word} {bound:g}" for word, bound, _ in limits if bound is not None]
     raise ValueError(f"`{parameter}` is {value!r}; {' '.join([what, ' and '.join(bounds)]).strip()} is needed")
 
 
@@ -188,13 +179,10 @@ def folder_or_file(value: Any, parameter: str) -> Path:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
     except (ValueError, OSError, RuntimeError) as error:  # a NUL, a too long name, circular links, ~nobody
-        raise ValueError(f"`{parameter}` {_shortened(value)} is not a path that can be opened: {error}") from error
+        text = repr(str(value))
+        shown = text if len(text) <= 2 * _LONG_PATH else f"{text[:_LONG_PATH]}…{text[-_LONG_PATH:]}"
+        raise ValueError(f"`{parameter}` {shown} is not a path that can be opened: {error}") from error
     return path
-
-
-def _shortened(value: object) -> str:
-    text = repr(str(value))
-    return text if len(text) <= 2 * _LONG_PATH else f"{text[:_LONG_PATH]}…{text[-_LONG_PATH:]}"
 
 
 def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
@@ -203,16 +191,14 @@ def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
         array = np.asarray(values, float)
     except (TypeError, ValueError):
         raise ValueError(f"`{parameter}` does not hold numbers; finite {what} are needed") from None
-    wrong = int((~np.isfinite(array)).sum())
-    if wrong:
+    if wrong := int((~np.isfinite(array)).sum()):
         raise ValueError(f"`{parameter}` holds {wrong} {what} that are NaN or infinite; finite ones are needed")
     return array
 
 
 def unique(values: Collection[Any], parameter: str, what: str = "names") -> None:
     """Check that values are unique."""
-    twice = [value for value, n in Counter(values).items() if n > 1]
-    if twice:
+    if twice := [value for value, n in Counter(values).items() if n > 1]:
         raise ValueError(f"`{parameter}`: {what} are duplicated: {format_list(map(repr, twice))}")
 
 
@@ -277,43 +263,37 @@ def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]
 
 
 def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
-    kinds = {kind.strip(" '").partition("[")[0] for kind in inspect.formatannotation(parameter.annotation).split("|")}
-    optional = "None" in kinds
-    kinds.discard("None")
     if parameter.name == "seed":
         # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
         return lambda value, name: whole_number(value, name, 0, 2**31 - 1)
-    if len(kinds) == 1:
-        check = {"str": _text, "bool": flag, "int": _whole, "float": _number}.get(kinds.pop())
-    else:
-        check = _text_or_mapping if kinds == {"str", "Mapping"} else None
-    if check is None or not optional:
+    kinds = {kind.strip(" '").partition("[")[0] for kind in inspect.formatannotation(parameter.annotation).split("|")}
+    check = _CHECKS.get(frozenset(kinds - {"None"}))
+    if check is None or "None" not in kinds:
         return check
     return lambda value, name: value if value is None else check(value, name)
 
 
-def _whole(value: Any, parameter: str) -> Any:
-    # The function itself checks the range.
-    if is_whole(value):
-        return value
-    raise ValueError(f"`{parameter}` is {value!r}; a whole number is needed")
+def _checker(is_valid: Callable[[Any], bool], needed: str, *, by_type: bool = False) -> Callable[[Any, str], Any]:
+    def check(value: Any, parameter: str) -> Any:
+        if is_valid(value):
+            return value
+        found = f"of type {type(value).__name__}" if by_type else repr(value)
+        raise ValueError(f"`{parameter}` is {found}; {needed} is needed")
+
+    return check
 
 
-def _text_or_mapping(value: Any, parameter: str) -> Any:
-    if isinstance(value, str | Mapping):
-        return value
-    raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a text, or a mapping to texts, is needed")
+def _is_real(value: object) -> bool:
+    return is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value))
 
 
-def _text(value: Any, parameter: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise ValueError(f"`{parameter}` is of type {type(value).__name__}; a text is needed")
-
-
-def _number(value: Any, parameter: str) -> Any:
-    # The function itself checks the range; infinity may be valid.
-
-    if is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value)):
-        return value
-    raise ValueError(f"`{parameter}` is {value!r}; a number is needed")
+#: Checks by annotation. The function itself checks the range of numbers; infinity may be valid.
+_CHECKS: dict[frozenset[str], Callable[[Any, str], Any]] = {
+    frozenset({"str"}): _checker(lambda value: isinstance(value, str), "a text", by_type=True),
+    frozenset({"str", "Mapping"}): _checker(
+        lambda value: isinstance(value, str | Mapping), "a text, or a mapping to texts,", by_type=True
+    ),
+    frozenset({"bool"}): flag,
+    frozenset({"int"}): _checker(is_whole, "a whole number"),
+    frozenset({"float"}): _checker(_is_real, "a number"),
+}

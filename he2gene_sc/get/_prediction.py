@@ -12,11 +12,10 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.genes import columns_of, symbols_in
+from .._core.genes import columns_of, positions_of, symbols_in
 from .._core.keys import OWN_TABLE, Keys
 from .._core.lazy import is_large
 from .._core.matrix import dense, layer_label, layer_names, matrix_of
-from .._core.model_genes import positions_of
 from .._core.names import annotation_target
 from .._core.predictions import embedding_of, gene_flags, predicted_layer, predicting_model, record_of, symbols_of
 from .._core.spots import get_table

@@ -15,6 +15,7 @@ from .._core.memory import memory_of_machine
 from ._colour import colour_of
 from ._raster import build_levels
 from ._tiff import check_series, check_whole, is_tiled, mpp_of, opened, orientation_of, scan_of, size_of, tiled_levels
+from ._tiled import error_text
 
 if TYPE_CHECKING:
     import tifffile
@@ -30,17 +31,8 @@ _TIFF = {".tif", ".tiff", ".btf", ".ome", ".svs", ".ndpi", ".scn"}
 IMAGE_SUFFIXES = _PILLOW | _TIFF
 _guard = threading.Lock()
 
-#: Supported modes of Pillow, and the mode to convert to (None: no conversion).
-_CONVERT = {
-    "RGB": None,
-    "RGBA": None,
-    "RGBX": "RGB",
-    "RGBa": "RGBA",
-    "P": "RGB",
-    "PA": "RGBA",
-    "CMYK": "RGB",
-    "YCbCr": "RGB",
-}
+#: Supported modes of Pillow.
+_MODES = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 #: Number of channels by the colour type in a PNG header: grey, and grey with alpha, of any depth.
 _PNG_GREY = {0: 1, 4: 2}
 _ORIENTATION = 274
@@ -73,14 +65,12 @@ def decode(path: Path) -> Decoded:
     if not path.is_file():
         raise FileNotFoundError(f"`path` {str(path)!r}: no such file")
     suffix = path.suffix.lower()
-    if suffix in _PILLOW and _is_tiff(path):
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(IMAGE_SUFFIXES)}")
+    if suffix in _TIFF or _is_tiff(path):
         return _decode_tiff(path)
-    if suffix in _PILLOW:
-        pixels, orientation = _decode_flat(path)
-        return Decoded(build_levels(pixels), None, orientation)
-    if suffix in _TIFF:
-        return _decode_tiff(path)
-    raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(IMAGE_SUFFIXES)}")
+    pixels, orientation = _decode_flat(path)
+    return Decoded(build_levels(pixels), None, orientation)
 
 
 def _is_tiff(path: Path) -> bool:
@@ -102,14 +92,17 @@ def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
         except PermissionError:
             raise
         except Exception as error:
-            raise ValueError(f"`path` {path.name!r} is not an image that Pillow can read ({_text(error)})") from error
+            raise ValueError(
+                f"`path` {path.name!r} is not an image that Pillow can read ({error_text(error)})"
+            ) from error
         with image:
             _check_size(path, *image.size)
             _check_mode(image, path)
             try:
                 image.load()
                 orientation = _exif_orientation(image)
-                pixels = np.asarray(_to_rgb_mode(image))
+                mode = "RGBA" if image.has_transparency_data else "RGB"
+                pixels = np.asarray(image if image.mode == mode else image.convert(mode))
             except MemoryError:
                 raise
             except Exception as error:
@@ -132,16 +125,9 @@ def _check_mode(image: PillowImage, path: Path) -> None:
             header = stream.read(26)
         if channels := _PNG_GREY.get(header[25]):
             check_pixels(channels, np.dtype(np.uint8), None, path.name)
-    if image.mode not in _CONVERT:
+    if image.mode not in _MODES:
         check_pixels(len(image.getbands()), np.dtype(np.uint8), None, path.name)
         raise ValueError(f"`path` {path.name!r} holds {image.mode} colours; save it as RGB")
-
-
-def _to_rgb_mode(image: PillowImage) -> PillowImage:
-    if "transparency" in image.info and image.mode in ("P", "RGB"):
-        return image.convert("RGBA")
-    mode = _CONVERT[image.mode]
-    return image if mode is None else image.convert(mode)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -167,7 +153,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
     needed = _BYTES_PER_PIXEL * width * height
     if width * height > MAX_PIXELS:
         problem = f"more than the {MAX_PIXELS:,} that can be decoded into memory"
-    elif free is not None and needed > free:
+    elif needed > free:
         problem = f"and decoding them takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     else:
         return
@@ -178,12 +164,12 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 
 def _to_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Convert ``(h, w[, c])`` to ``(3, h, w)`` uint8."""
+    """Convert ``(h, w, c)`` to ``(3, h, w)`` uint8; alpha is painted on white."""
     from ..image import check_pixels, to_rgb_uint8
 
-    channels = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
-    factor = check_pixels(channels.shape[0], channels.dtype, channels, path.name)
-    if channels.dtype != np.uint8 or channels.shape[0] != 3:
+    channels = np.moveaxis(pixels, -1, 0)
+    if len(channels) == 4:
+        factor = check_pixels(4, channels.dtype, channels, path.name)
         channels = to_rgb_uint8(channels, factor, paint_black=False)
     return _planes(channels)
 
@@ -224,7 +210,7 @@ def _decode_strips(series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
         raise
     except Exception as error:
         raise OSError(
-            f"`path` {str(path)!r} is damaged or cannot be decoded ({_text(error)}); convert the file again, for example: "
+            f"`path` {str(path)!r} is damaged or cannot be decoded ({error_text(error)}); convert the file again, for example: "
             "vips tiffsave IN OUT.tif --tile --pyramid"
         ) from error
     axes = "".join(axis if axis in "YX" else "c" if axis in "SC" else "1" for axis in series.axes)
@@ -232,7 +218,3 @@ def _decode_strips(series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
     samples = pixels.transpose(order).reshape(-1, height, width)
     colour = colour_of(series.keyframe, len(samples), samples.reshape(len(samples), -1), path.name)
     return _planes(colour(samples))
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(": ")

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .._core import validate
 from .._core.stores import store_around
@@ -24,12 +25,10 @@ _RENAME_SWAP = 2
 
 def exchange(a: Path, b: Path) -> bool:
     """Exchange two names by ``renameat2`` (Linux) or ``renamex_np`` (macOS); return ``False`` if not possible."""
-    if sys.platform not in ("linux", "darwin"):
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+    libc: Any = ctypes.CDLL(None, use_errno=True) if sys.platform in ("linux", "darwin") else None
+    if hasattr(libc, "renameat2"):
         result = libc.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+    elif hasattr(libc, "renamex_np"):
         result = libc.renamex_np(os.fsencode(a), os.fsencode(b), _RENAME_SWAP)
     else:
         return False
@@ -63,10 +62,20 @@ def swap(new: Path, old: Path) -> None:
     sync(old.parent)
 
 
+def put_folder(new: Path, place: Path) -> None:
+    """Put a new folder in its place, in exchange for the old one if there is one."""
+    if place.exists():
+        swap(new, place)
+    else:
+        # Fails if a non-empty folder has been created there meanwhile.
+        new.rename(place)
+        sync(place.parent)
+
+
 def finish_swap(place: Path) -> None:
     """Finish a swap that was killed between two renames."""
     waiting = place.with_name(place.name + WAITING)
-    if waiting.exists() and place.exists():
+    if place.exists():
         remove(waiting)
     elif waiting.exists():
         waiting.rename(place)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._core import logs
+from .._core.stores import KINDS
 from ._save import is_store
 
 if TYPE_CHECKING:
@@ -16,7 +17,13 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
     """Read a store."""
     import spatialdata as sd
 
-    if not path.is_dir() or not _is_store(path, parameter):
+    try:
+        is_valid = path.is_dir() and is_store(path)
+    except (ValueError, OSError) as error:  # not JSON, or not text
+        raise OSError(
+            f"{parameter} {str(path)!r} is damaged: its metadata cannot be read: {_first_line(error)}"
+        ) from error
+    if not is_valid:
         raise ValueError(f"{parameter} {str(path)!r} is not a SpatialData zarr store")
     try:
         # ome_zarr warns of labels that name no parent image; spatialdata writes all labels like that.
@@ -33,15 +40,6 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
     return sdata
 
 
-def _is_store(path: Path, parameter: str) -> bool:
-    try:
-        return is_store(path)
-    except (ValueError, OSError) as error:  # not JSON, or not text
-        raise OSError(
-            f"{parameter} {str(path)!r} is damaged: its metadata cannot be read: {_first_line(error)}"
-        ) from error
-
-
 def _read_a_pixel(sdata: SpatialData) -> None:
     """Read one pixel of each image, to check that its codec is available and its first chunk is complete."""
     for element in (*sdata.images.values(), *sdata.labels.values()):
@@ -56,7 +54,7 @@ def _damaged(path: Path) -> str:
     import spatialdata as sd
 
     found = []
-    for kind in ("images", "labels", "points", "shapes", "tables"):
+    for kind in KINDS:
         if not (path / kind).is_dir():
             continue
         try:

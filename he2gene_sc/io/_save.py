@@ -13,11 +13,23 @@ from .._core.differences import Change
 from .._core.elements import check_files, check_spatialdata
 from .._core.keys import ATTRS
 from .._core.rasters import levels
-from .._core.stores import KINDS, ROOT_FILES, SAVED, elements, fingerprints, new_id, note, remember, resolved
-from ._files import link_tree, swap, sync, sync_tree
+from .._core.stores import (
+    KINDS,
+    ROOT_FILES,
+    SAVED,
+    elements,
+    fingerprints,
+    new_id,
+    note,
+    remember,
+    resolved,
+    root_attrs,
+    store_around,
+)
+from ._files import link_tree, put_folder, sync_tree
 from ._staging import write
 from ._storable import check_table
-from ._store import STAGING, RootMetadata, is_store, locked, root_attrs
+from ._store import STAGING, RootMetadata, is_store, locked
 from ._update import reopen, update, user_attrs
 
 if TYPE_CHECKING:
@@ -79,23 +91,21 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     check_spatialdata(sdata)
     note(sdata, replaces=overwrite)
     path = None if path is None else validate.folder_or_file(path, "path")
-    if path is None and sdata.path is None:
+    # Links are followed: the store is replaced, not the link to it.
+    own = None if sdata.path is None else resolved(sdata.path)
+    target = own if path is None else resolved(path)
+    if target is None:
         raise ValueError("`path` is None and `sdata` was not read from a store; name the store to write")
-    if path is None and not resolved(sdata.path).exists():
+    if path is None and not target.exists():
         raise FileNotFoundError(
-            f"`path` is None and the store of `sdata`, {str(resolved(sdata.path))!r}, does not exist: was it moved, or has the "
+            f"`path` is None and the store of `sdata`, {str(target)!r}, does not exist: was it moved, or has the "
             "working folder changed? Read it again with spatialdata.read_zarr, or name the store to write"
         )
-    # Links are followed: the store is replaced, not the link to it.
-    target = resolved(path if path is not None else sdata.path)
-    if sdata.path is not None and target == resolved(sdata.path) and target.exists() and is_store(target):
+    if target == own and target.exists() and is_store(target):
         update(sdata, target, overwrite=overwrite)
+    elif own is not None and target in own.parents:
+        raise ValueError(f"`path` {str(target)!r} holds the store of `sdata`, {str(own)!r}; choose a path beside it")
     else:
-        own = None if sdata.path is None else resolved(sdata.path)
-        if own is not None and target in own.parents:
-            raise ValueError(
-                f"`path` {str(target)!r} holds the store of `sdata`, {str(own)!r}; choose a path beside it"
-            )
         check_target(target, overwrite=overwrite)
         _copy(sdata, target, overwrite=overwrite)
         sdata.path = target
@@ -107,10 +117,10 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
 def check_target(target: Path, *, overwrite: bool) -> None:
     """Raise, before any work, if a path must not be replaced, or lies in a store."""
     if not target.exists():
-        if inside := [folder for folder in target.parents if any((folder / name).is_file() for name in ROOT_FILES)]:
+        if (store := store_around(target)) is not None:
             raise ValueError(
-                f"`path` {str(target)!r} lies inside the zarr store {str(inside[-1])!r} and would become a part of it; choose a "
-                f"path beside it: {str(inside[-1].parent / target.name)!r}"
+                f"`path` {str(target)!r} lies inside the zarr store {str(store)!r} and would become a part of it; choose a "
+                f"path beside it: {str(store.parent / target.name)!r}"
             )
         return
     if not is_store(target):
@@ -178,23 +188,13 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         write(new, members, attrs)
         saved = {f"{kind}/{name}": new_id(new / kind / name) for kind, names in members.items() for name in names}
         attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: {**saved, "attrs": new_id(attrs)}}
-        spatialdata_attrs = (root_attrs(new) or {})["spatialdata_attrs"]
-        RootMetadata(new, staging).write({**attrs, "spatialdata_attrs": spatialdata_attrs})
+        RootMetadata(new, staging).write({**(root_attrs(new) or {}), **attrs})
         if target.exists():
             _carry_files(target, new)
         sync_tree(new)
-        _put(new, target)
+        put_folder(new, target)
     sdata.attrs = attrs
     reopen(sdata, target, [Change(kind, name, element) for kind, name, element in sdata.gen_elements()])
-
-
-def _put(new: Path, target: Path) -> None:
-    if target.exists():
-        swap(new, target)
-        return
-    # Fails if a non-empty folder has been created there meanwhile.
-    new.rename(target)
-    sync(target.parent)
 
 
 def _carry_files(old: Path, new: Path) -> None:

@@ -133,13 +133,10 @@ def _read_tables(
     if genes.has_duplicates:
         raise ValueError(f"`counts` has duplicated genes: {list(genes[genes.duplicated()][:5])}")
     spot_frame = spot_frame.loc[ids]
-    try:
-        centres = spot_frame[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`spots`: pixel_x and pixel_y have to be numbers: {error}") from error
+    centres = _numbers(spot_frame, ("pixel_x", "pixel_y"), "spots")
     if not np.isfinite(centres).all():
         raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
-    mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, pitch_um)
+    mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, centres, pitch_um)
     obs = pd.DataFrame(
         {
             "array_row": spot_frame["y"].round().astype(int),
@@ -242,15 +239,18 @@ def _table(data: str | Path | pd.DataFrame, parameter: str, index_col: int | Non
 
 
 def _array_ids(frame: pd.DataFrame, parameter: str) -> pd.Index:
+    position = _numbers(frame, ("x", "y"), parameter, "array positions, numbers")
+    lacking = ~np.isfinite(position).all(axis=1)
+    if lacking.any():
+        raise ValueError(f"`{parameter}` has rows without an array position: {list(frame.index[lacking][:5])}")
+    return pd.Index([f"{x}x{y}" for x, y in position.round().astype(int)])
+
+
+def _numbers(frame: pd.DataFrame, columns: tuple[str, str], parameter: str, needed: str = "numbers") -> np.ndarray:
     try:
-        position = frame[["x", "y"]].astype(float)
+        return frame[list(columns)].astype(float).to_numpy()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{parameter}`: x and y have to be array positions, numbers: {error}") from error
-    if not np.isfinite(position.to_numpy()).all():
-        bad = frame.index[~np.isfinite(position.to_numpy()).all(axis=1)]
-        raise ValueError(f"`{parameter}` has rows without an array position: {list(bad[:5])}")
-    x, y = (position[axis].round().astype(int).astype(str) for axis in ("x", "y"))
-    return pd.Index(x + "x" + y)
+        raise ValueError(f"`{parameter}`: {' and '.join(columns)} have to be {needed}: {error}") from error
 
 
 #: Values of the column `selected` in spot files.
@@ -298,13 +298,10 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
     return ids
 
 
-def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
+def _mpp_of_array(spots: pd.DataFrame, centres: np.ndarray, pitch_um: float) -> float:
     """Return µm per pixel from the affine map of array positions to pixels, for any orientation of the array."""
     named = ("new_x", "new_y") if {"new_x", "new_y"} <= set(spots.columns) else ("x", "y")
-    try:
-        position = spots[list(named)].to_numpy(dtype=float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`spots`: {' and '.join(named)} have to be numbers: {error}") from error
+    position = _numbers(spots, named, "spots")
     design = np.column_stack([position, np.ones(len(position))])
     if not np.isfinite(position).all():
         raise ValueError(
@@ -312,8 +309,7 @@ def _mpp_of_array(spots: pd.DataFrame, pitch_um: float) -> float:
         )
     if np.linalg.matrix_rank(design) < 3:
         raise ValueError("`mpp` cannot be found from spots in a single row or column; give it in µm per pixel")
-    pixels = spots[["pixel_x", "pixel_y"]].to_numpy(dtype=float)
-    linear = np.linalg.lstsq(design, pixels, rcond=None)[0][:2]
+    linear = np.linalg.lstsq(design, centres, rcond=None)[0][:2]
     pitch = np.sqrt(abs(np.linalg.det(linear)))
     if not pitch > _LEAST_PITCH_PX:
         raise ValueError(

@@ -7,16 +7,13 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._core import logs
-from .._core.differences import Change, Difference
+from .._core.differences import Change
 from ._files import copy_modes, link_tree, remove
 from ._storable import parts_of, storable
 from ._store import RootMetadata
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 #: Files with the attributes of a group.
 METADATA = ("zarr.json", ".zattrs")
@@ -58,24 +55,24 @@ def stage(staging: Path, changes: list[Change], store: Path) -> None:
         return
     members: dict[str, dict[str, Any]] = {}
     for change in changes:
-        element = _skeleton(change.element, change.difference) if change.kind == "tables" else change.element
+        element = parts_of(change.element, change.kept) if change.kept else change.element
         members.setdefault(change.kind, {})[change.name] = element
     write(staging / "new", members, {}, formats=_formats(store))
     for change in changes:
-        for part in change.difference.kept if change.difference is not None else ():
-            target = staging / "new" / change.path / part
-            remove(target)
-            if not target.parent.exists():
-                target.parent.mkdir()
+        old, new = store / change.path, staging / "new" / change.path
+        for part in change.kept:
+            remove(new / part)
+            if not (new / part).parent.exists():
+                (new / part).parent.mkdir()
                 for name in (".zgroup", *METADATA):
-                    if (store / change.path / part).with_name(name).exists():
-                        link_tree((store / change.path / part).with_name(name), target.with_name(name))
-            link_tree(store / change.path / part, target)
-        if change.difference is not None and change.difference.kept:
+                    if (old / part).with_name(name).exists():
+                        link_tree((old / part).with_name(name), (new / part).with_name(name))
+            link_tree(old / part, new / part)
+        if change.kept:
             for axis in ("obs", "var"):
-                _name_columns(staging / "new" / change.path / axis, list(getattr(change.element, axis).columns))
+                _name_columns(new / axis, list(getattr(change.element, axis).columns))
         if change.difference is not None:
-            copy_modes(store / change.path, staging / "new" / change.path)
+            copy_modes(old, new)
 
 
 def _name_columns(frame: Path, columns: list[str]) -> None:
@@ -85,13 +82,6 @@ def _name_columns(frame: Path, columns: list[str]) -> None:
     metadata = json.loads(path.read_bytes())
     (metadata["attributes"] if current else metadata)["column-order"] = columns
     path.write_text(json.dumps(metadata))
-
-
-def _skeleton(table: AnnData, difference: Difference | None) -> AnnData:
-    """Return a table without the parts that will be hard links."""
-    if difference is None or not difference.kept:
-        return table
-    return parts_of(table, difference.kept)
 
 
 def _formats(store: Path) -> list[Any]:
@@ -111,12 +101,14 @@ def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
         return
     shadow = staging / "metadata"
     for change in changes:
-        for folder in [Path(), Path(change.kind), *_groups(store, change.path)]:
+        children = [child.relative_to(store) for child in (store / change.path).iterdir() if child.is_dir()]
+        for folder in [Path(), Path(change.kind), change.path, *children]:
             (shadow / folder).mkdir(parents=True, exist_ok=True)
             for name in ("zarr.json", ".zgroup", ".zattrs", ".zarray"):
                 if (store / folder / name).is_file() and not (shadow / folder / name).exists():
                     (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
-    RootMetadata(shadow, _make_folder(staging / "shadow")).unconsolidate()
+    (staging / "shadow").mkdir()
+    RootMetadata(shadow, staging / "shadow").unconsolidate()
     members: dict[str, dict[str, Any]] = {}
     for change in changes:
         members.setdefault(change.kind, {})[change.name] = change.element
@@ -127,13 +119,3 @@ def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
             new.write_transformations(change.name)
             if change.difference is not None and "channel names" in change.difference.altered:
                 new.write_channel_names(change.name)
-
-
-def _groups(store: Path, path: Path) -> list[Path]:
-    children = [child for child in (store / path).iterdir() if child.is_dir()]
-    return [path, *(path / child.name for child in children)]
-
-
-def _make_folder(path: Path) -> Path:
-    path.mkdir()
-    return path

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from .._core.differences import MAPPINGS
+from .._core.rasters import entries_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -33,11 +34,7 @@ def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> A
     from anndata import AnnData
 
     slots = {
-        slot: {
-            key: value
-            for key, value in dict(getattr(table, slot)).items()
-            if key is not None and f"{slot}/{key}" not in without
-        }
+        slot: {key: value for key, value in entries_of(table, slot).items() if f"{slot}/{key}" not in without}
         for slot in MAPPINGS
     }
     # spatialdata checks the annotated spots on writing.
@@ -58,7 +55,7 @@ def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> A
 def check_table(where: str, table: AnnData) -> None:
     """Raise if parts of a table have other rows than its ``obs``, are masked arrays, or hold objects."""
     try:
-        parts = {f"{slot}[{key!r}]": part for slot in MAPPINGS for key, part in dict(getattr(table, slot)).items()}
+        parts = {f"{slot}[{key!r}]": part for slot in MAPPINGS for key, part in entries_of(table, slot).items()}
         # Newer versions of anndata do not check this.
         for part, names in (("obsm", table.obs_names), ("varm", table.var_names)):
             for key, values in getattr(table, part).items():
@@ -75,10 +72,8 @@ def check_table(where: str, table: AnnData) -> None:
                 f"`sdata`: {where}.{part} is a masked array, and a store cannot hold the mask; fill it: "
                 f"{where}.{part} = {where}.{part}.filled(np.nan)"
             )
-        if (
-            part.startswith(("X", "layers", "obsp", "varp"))
-            and getattr(getattr(values, "dtype", None), "kind", "") == "O"
-        ):
+        kind = getattr(getattr(values, "dtype", None), "kind", "")
+        if kind == "O" and part.startswith(("X", "layers", "obsp", "varp")):
             raise ValueError(
                 f"`sdata`: {where}.{part} holds objects, which would become texts; make them numbers: "
                 f"{where}.{part} = {where}.{part}.astype(float)"
@@ -111,7 +106,8 @@ def _convert_value(where: str, value: Any) -> Any:
     if isinstance(value, pd.DataFrame):
         return _convert_frame(where, value)
     if isinstance(value, pd.Categorical):
-        return _convert_categories(where, value)
+        made = _convert_categories(where, value)
+        return value if made is None else made
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return _convert_objects(where, value)
     return value
@@ -130,24 +126,22 @@ def _convert_frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
     _check_names(frame.columns, f"{where} has a column named")
     if frame.columns.has_duplicates:
         return frame  # anndata raises, with the name
-    made = {
-        name: _convert_column(f"{where}[{name!r}]", frame[name])
-        for name in frame.columns
-        if frame[name].dtype == object
-    }
-    changed: dict[str, Any] = {name: column for name, column in made.items() if column is not None}
+    changed: dict[str, Any] = {}
     for name in frame.columns:
-        if isinstance(frame[name].dtype, pd.CategoricalDtype):
-            values = _convert_categories(f"{where}[{name!r}]", frame[name].array)
-            if values is not frame[name].array:
-                changed[name] = values
+        column, made = frame[name], None
+        if column.dtype == object:
+            made = _convert_column(f"{where}[{name!r}]", column)
+        elif isinstance(column.dtype, pd.CategoricalDtype):
+            made = _convert_categories(f"{where}[{name!r}]", column.array)
+        if made is not None:
+            changed[name] = made
     return frame.assign(**changed) if changed else frame
 
 
 def _convert_categories(where: str, values: Any) -> Any:
-    """Convert categories of objects to the type of their values, unless they are texts."""
+    """Convert categories of objects to the type of their values; return ``None`` for texts and other types."""
     made = _convert_column(where, pd.Series(values.categories)) if values.categories.dtype == object else None
-    return values if made is None else values.rename_categories(pd.Index(made))
+    return None if made is None else values.rename_categories(pd.Index(made))
 
 
 def _convert_column(where: str, column: pd.Series) -> pd.Series | None:

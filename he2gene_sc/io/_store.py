@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .._core.stores import KINDS, ROOT_FILES
+from .._core.stores import KINDS, ROOT_FILES, root_attrs
 from ._files import WAITING, finish_swap, remove, replace_file, sync
 
 if TYPE_CHECKING:
@@ -26,20 +26,6 @@ def is_store(path: Path) -> bool:
     return "spatialdata_attrs" in (root_attrs(path) or {})
 
 
-def root_attrs(store: Path) -> dict[str, Any] | None:
-    """Return the attributes of the root group; ``None`` if the folder is not a zarr group."""
-    for name in ("zarr.json", ".zattrs"):
-        if (store / name).is_file():
-            try:
-                content = json.loads((store / name).read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"the store {str(store)!r} is damaged: {name} is not JSON ({error})") from error
-            content = content.get("attributes", {}) if isinstance(content, dict) and name == "zarr.json" else content
-            if isinstance(content, dict):
-                return content
-    return None
-
-
 # --- Lock ------------------------------------------------------------------------------------------------------------
 
 
@@ -48,7 +34,8 @@ def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
     """Lock a store against other processes; yield an empty temporary folder in it or, for a new store, ``beside`` it."""
     place = store.parent / f".{store.name}{STAGING}" if beside else store / STAGING
     lock_path = place.with_name(f"{place.name}.lock")
-    with _lock(lock_path, store):
+    lock = _acquire(lock_path, store)
+    try:
         try:
             if place.exists():
                 _clear(store, place, beside)
@@ -56,6 +43,10 @@ def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):
+            lock_path.unlink()
+        lock.release()
 
 
 def _clear(store: Path, place: Path, beside: bool) -> None:
@@ -70,17 +61,6 @@ def _clear(store: Path, place: Path, beside: bool) -> None:
                 if link.is_symlink():
                     finish_swap(link.resolve())
     remove(place)
-
-
-@contextlib.contextmanager
-def _lock(path: Path, store: Path) -> Iterator[None]:
-    lock = _acquire(path, store)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        lock.release()
 
 
 def _acquire(path: Path, store: Path) -> BaseFileLock:

@@ -144,7 +144,7 @@ def is_tiled(series: tifffile.TiffPageSeries) -> bool:
 
 def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> list[TiledImage]:
     """Return the levels of a tiled image, finest first; decode some tiles of each to detect damage early."""
-    number = next(i for i, other in enumerate(file.series) if other is series)
+    number = file.series.index(series)
     levels: list[TiledImage] = []
     for i, level in enumerate(series.levels):
         pages = pages_of(level)
@@ -185,10 +185,10 @@ def _is_level(shape: tuple[int, ...], levels: list[TiledImage]) -> bool:
 
 def _n_lost(full: TiledImage, level: TiledImage) -> int:
     """Count the tiles that a downscaled level lacks where the scan has tiles; some scanners write such files."""
-    lacks = level.lacks()
+    lacks = level.lacks
     if not lacks.any():
         return 0
-    there = ~full.lacks()
+    there = ~full.lacks
     # Number of scan tiles per tile of the level, from pixels, since grids are rounded up; half a tile is the margin.
     steps = [n * full.shape[i] / level.shape[i] / full.chunks[i] for i, n in enumerate(level.chunks) if i]
 
@@ -259,7 +259,7 @@ def _ome_pixels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any
         return None
     with suppress(ET.ParseError):
         found = list(ET.fromstring(file.ome_metadata).iterfind(".//{*}Pixels"))
-        number = next(i for i, other in enumerate(file.series) if other is series)
+        number = file.series.index(series)
         return found[number] if number < len(found) else found[0] if found else None
     logger.warning("the OME metadata of %r are damaged", file.filename)
     return None

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,6 @@ class TiledImage:
         self.shape = (3, height, width)
         self.chunks = (3, *self._tile)
         self._grid = (-(-height // self._tile[0]), -(-width // self._tile[1]))
-        self._lacks: np.ndarray | None = None
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._process = 0
@@ -120,10 +120,9 @@ class TiledImage:
                 list(pool.map(place, [tiles[i * len(tiles) // n : (i + 1) * len(tiles) // n] for i in range(n)]))
         return out
 
+    @cached_property
     def lacks(self) -> np.ndarray:
-        """Return a mask of the tiles that the file lacks, ``(rows, columns)`` of tiles."""
-        if self._lacks is not None:
-            return self._lacks
+        """Mask of the tiles that the file lacks, ``(rows, columns)`` of tiles."""
         n = self._grid[0] * self._grid[1]
         lacks = np.ones(n, bool)
         for plane in self._open().planes:
@@ -131,15 +130,14 @@ class TiledImage:
             there = np.zeros(-(-max(len(sizes), 1) // n) * n, bool)
             there[: len(sizes)] = sizes > 0
             lacks &= ~there.reshape(-1, n).any(axis=0)
-        self._lacks = lacks.reshape(self._grid)
-        return self._lacks
+        return lacks.reshape(self._grid)
 
     def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
         """Paint missing tiles black, as they are for other kinds of colour."""
         th, tw = self._tile
         bottom, right = top + pixels.shape[1], left + pixels.shape[2]
         # Only tiles of the rectangle: a sparse slide lacks most of its tiles.
-        lacks = self.lacks()[top // th : -(-bottom // th), left // tw : -(-right // tw)]
+        lacks = self.lacks[top // th : -(-bottom // th), left // tw : -(-right // tw)]
         for iy, ix in np.argwhere(lacks):
             y, x = iy * th - top % th, ix * tw - left % tw
             pixels[:, max(0, y) : max(0, y + th), max(0, x) : max(0, x + tw)] = 0
@@ -183,7 +181,7 @@ class TiledImage:
             return opened.decode(data, index, **plane.tables)[0][0]
         except Exception as error:
             raise OSError(
-                f"`path` {str(self.path)!r}: tile {index} is damaged or cannot be decoded ({_text(error)}); convert the "
+                f"`path` {str(self.path)!r}: tile {index} is damaged or cannot be decoded ({error_text(error)}); convert the "
                 "file again, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
             ) from error
 
@@ -263,7 +261,8 @@ def _close(process: int, descriptors: tuple[int, ...]) -> None:
             os.close(descriptor)
 
 
-def _text(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
+    """Return the type and the message of an error."""
     return f"{type(error).__name__}: {error}".rstrip(": ")
 
 

@@ -18,7 +18,7 @@ from .._core.element_results import is_as_written
 from .._core.elements import check_files
 from .._core.keys import ATTRS, OWN_TABLE
 from .._core.ownership import is_result, recorded_keys
-from .._core.rasters import levels, zarr_folders
+from .._core.rasters import entries_of, levels, zarr_folders
 from .._core.stores import (
     KINDS,
     SAVED,
@@ -26,15 +26,16 @@ from .._core.stores import (
     fingerprint,
     fingerprints,
     new_id,
-    possible_changes,
+    noted,
     remember,
-    remembered,
+    root_attrs,
     saved_by,
+    without_store_attrs,
 )
-from ._files import WAITING, swap, sync, sync_tree
+from ._files import WAITING, put_folder, swap, sync, sync_tree
 from ._staging import METADATA, stage, stage_metadata
 from ._storable import check_table
-from ._store import STAGING, RootMetadata, locked, root_attrs
+from ._store import STAGING, RootMetadata, locked
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -49,13 +50,14 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
             _rename_waiting(sdata)
         as_compared = fingerprints(store)
         before = root_attrs(store) or {}
+        saved = saved_by(before)
         attrs = user_attrs(sdata.attrs)
         changes, unchanged = _compare(sdata, store, before)
-        if not overwrite and saved_by(sdata.attrs).get("attrs") != saved_by(before).get("attrs"):
+        if not overwrite and saved_by(sdata.attrs).get("attrs") != saved.get("attrs"):
             attrs = _merge_attrs(user_attrs(before), attrs)
         attrs_differ = _attrs_difference(user_attrs(before), attrs)
         if not overwrite:
-            _refuse_loss(sdata, store, changes, attrs_differ, saved_by(before))
+            _refuse_loss(sdata, store, changes, attrs_differ, saved)
         _refuse_links_elsewhere(store, changes)
         ids: dict[str, str] = {}
         if changes or attrs_differ or interrupted:
@@ -70,14 +72,12 @@ def update(sdata: SpatialData, store: Path, *, overwrite: bool) -> None:
                     ids[change.key] = new_id(store / change.path)
                 if attrs_differ:
                     ids["attrs"] = new_id(attrs)
-                if saved := {**saved_by(before), **ids}:
-                    root[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: saved}
+                if saved or ids:
+                    root[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: {**saved, **ids}}
                 metadata.write(root)
             reopen(sdata, store, changes)
-        known = {key: saved_by(before)[key] for key in unchanged if key in saved_by(before)}
-        if not attrs_differ and "attrs" in saved_by(before):
-            known["attrs"] = saved_by(before)["attrs"]
-        known = {**saved_by(sdata.attrs), **known, **ids}
+        as_saved = [*unchanged, *([] if attrs_differ else ["attrs"])]
+        known = {**saved_by(sdata.attrs), **{key: saved[key] for key in as_saved if key in saved}, **ids}
         sdata.attrs = {**attrs, ATTRS: {**attrs.get(ATTRS, {}), SAVED: known}} if known else attrs
         written = {place: fingerprint(store, *place) for place in (*((c.kind, c.name) for c in changes), ("attrs", ""))}
         remember(
@@ -147,16 +147,16 @@ def _refuse_loss(
     sdata: SpatialData, store: Path, changes: list[Change], attrs: Difference, saved: Mapping[str, str]
 ) -> None:
     """Raise if the save would overwrite data that the object does not have."""
-    mine, noted, possible = saved_by(sdata.attrs), remembered(sdata), possible_changes(sdata)
+    mine, known = saved_by(sdata.attrs), noted(sdata)
     lost, is_uncertain = [], False
     for key, kind, difference in [(c.key, c.kind, c.difference) for c in changes] + [("attrs", "attrs", attrs)]:
         if not difference:
             continue
         as_read = mine.get(key) == saved.get(key)
         place = (kind, key.partition("/")[2])
-        if place in noted:
-            as_read = as_read and noted[place].is_same(fingerprint(store, *place))
-        maybe = possible.get(place, set())
+        if place in known.files:
+            as_read = as_read and known.files[place].is_same(fingerprint(store, *place))
+        maybe = known.possible_changes.get(place, set())
         of_verbs = set() if NOT_COMPARED in maybe else difference.of_verbs - maybe
         items = [item for item in difference.lost if not (as_read and item in of_verbs)]
         # Pixels do not change as a side effect, and cannot be recovered.
@@ -195,14 +195,9 @@ def _refuse_links_elsewhere(store: Path, changes: list[Change]) -> None:
 
 
 def user_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return attributes without the entries that belong to the store."""
-    kept = {key: value for key, value in attrs.items() if key != "spatialdata_attrs"}
-    if isinstance(kept.get(ATTRS), Mapping):
-        kept[ATTRS] = {key: value for key, value in kept[ATTRS].items() if key != SAVED}
-        if not kept[ATTRS]:
-            del kept[ATTRS]
+    """Return attributes as JSON reads them, without the entries that belong to the store."""
     plain: dict[str, Any] = {}
-    for key, value in kept.items():
+    for key, value in without_store_attrs(attrs).items():
         try:
             plain.update(json.loads(json.dumps({key: value}, default=_to_json)))
         except (TypeError, ValueError) as error:
@@ -274,11 +269,7 @@ def _exchange_element(change: Change, store: Path, staging: Path, undo: list[Cal
     if not new.exists():
         return
     undo.append(partial(_put_back, new, old, old.stat().st_ino if old.exists() else None))
-    if old.exists():
-        swap(new, old)
-    else:
-        new.rename(old)
-        sync(old.parent)
+    put_folder(new, old)
 
 
 def _put_back(new: Path, old: Path, inode: int | None) -> None:
@@ -319,8 +310,8 @@ def _reopen_table(table: AnnData, path: Path) -> None:
     if _reads_files(table.X):
         table.X = read_elem_lazy(group["X"])
     for slot in MAPPINGS:
-        for key, value in dict(getattr(table, slot)).items():
-            if key is not None and _reads_files(value):
+        for key, value in entries_of(table, slot).items():
+            if _reads_files(value):
                 getattr(table, slot)[key] = read_elem_lazy(group[f"{slot}/{key}"])
 
 

@@ -209,7 +209,7 @@ def _model_genes(
     if isinstance(model, HE2Gene | str | Path):
         loaded = load(model)
         return loaded.genes, loaded.card.reliable_rule
-    from .._core.model_genes import match_genes
+    from .._core.genes import match_genes
 
     table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._core.genes import find_genes
+from .._core.genes import find_genes, match_genes
 from .._core.keys import Keys
 from .._core.matrix import in_columns
-from .._core.model_genes import match_genes
 from .._core.ownership import is_record_of
 from .._core.predictions import predicting_model, symbols_of
 

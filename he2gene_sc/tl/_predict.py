@@ -14,10 +14,10 @@ import numpy as np
 from .._core import validate
 from .._core.element_results import copy_tables
 from .._core.fill import StackedPredictions, check_fillable, fill_table
+from .._core.genes import match_genes
 from .._core.keys import REGION_FACTS, TABLE, Keys, check_key
 from .._core.lazy import is_large
 from .._core.logs import logger
-from .._core.model_genes import match_genes
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
 from .._core.predictions import head_digest, summary_of
@@ -263,7 +263,7 @@ def predict(
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
     stacked = StackedPredictions.collect(
-        slides, predictions, wanted, model, keys, record, known_patient=is_known, lazy=lazy
+        slides, predictions, model, wanted=wanted, keys=keys, record=record, known_patient=is_known, lazy=lazy
     )
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:

@@ -4,8 +4,7 @@ import pytest
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.genes import columns_of, current_symbols, find_genes, previous_symbols
-from he2gene_sc._core.model_genes import match_genes
+from he2gene_sc._core.genes import columns_of, current_symbols, find_genes, match_genes, previous_symbols
 from he2gene_sc.tl._train.names import common_names
 from tests.helpers.patients import pool
 

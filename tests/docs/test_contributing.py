@@ -13,9 +13,8 @@ import pytest
 
 import he2gene_sc as hg
 from he2gene_sc._core import validate
-from he2gene_sc._core.invalidate import _INPUT_PARAMETERS
 from he2gene_sc._core.ownership import check_free
-from he2gene_sc._core.results import write_result
+from he2gene_sc._core.results import _INPUT_PARAMETERS, write_result
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -128,7 +128,7 @@ def test_small_sets_are_left_out_and_measured_counts_are_scored(table):
 
 
 def test_results_are_stored_and_removed_with_the_layer(toy, tiny_model, tmp_path):
-    from he2gene_sc._core.invalidate import remove_derived
+    from he2gene_sc._core.results import remove_derived
 
     table = cohort()
     found = hg.tl.programmes(table, SETS, held_out=table, layer="other")

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
+from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.names import column_of
 from ..._core.ownership import check_free
-from ..._core.results import write_to_all
-from ..._core.spots import is_many, read_spots
+from ..._core.results import write_result
+from ..._core.spots import read_spots
 from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
@@ -215,8 +216,8 @@ def biomarkers(
         "genes": effects.columns.to_numpy(object),
         "sample_effects": effects.to_numpy(np.float32),
     }
-    write_to_all(tables, "biomarkers", key_added, params=params, facts=facts)
-    return results.copy() if is_many(data) else None
+    write_result(tables, "biomarkers", key_added, params=params, facts=facts)
+    return None if is_object(data) else results.copy()
 
 
 def _results_table(

@@ -11,12 +11,13 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.duplicates import warn_of_copied_spots
+from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
-from ..._core.results import write_to_all
-from ..._core.spots import SpotData, is_many, read_spots
+from ..._core.results import write_result
+from ..._core.spots import SpotData, read_spots
 from .._paired import warn_of_training_sections
 from . import reference_fields
 from .compare import adjust_pvalues, compare, group_names, method_for
@@ -167,8 +168,8 @@ def concordance(
         "min_mean": min_mean,
         "k": lengths,
     }
-    write_to_all(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
-    return table.copy() if is_many(data) else None
+    write_result(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
+    return None if is_object(data) else table.copy()
 
 
 def _warn_of_chance(table: pd.DataFrame) -> None:

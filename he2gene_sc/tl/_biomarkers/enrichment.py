@@ -13,7 +13,7 @@ import pandas as pd
 from ..._core import validate
 from ..._core.keys import check_key
 from ..._core.ownership import check_free
-from ..._core.results import find_results, write_to_all
+from ..._core.results import find_results, write_result
 from ...get._results import biomarkers as get_biomarkers
 from .._gene_sets import import_decoupler, membership, name_genes, read_net, rename_targets, weights_by_set
 
@@ -158,7 +158,7 @@ def enrichment(
         "tmin": tmin,
         "n_sets": int(sets["source"].nunique()),
     }
-    write_to_all(targets, "enrichment", key_added, params=params, facts={"results": results})
+    write_result(targets, "enrichment", key_added, params=params, facts={"results": results})
     return results.copy() if several else None
 
 

@@ -11,10 +11,9 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.expression import Scale, log_expression
-from ..._core.genes import columns_of, match_previous_symbols, symbols_in
+from ..._core.genes import columns_of, match_genes, match_previous_symbols, symbols_in
 from ..._core.keys import Keys
 from ..._core.matrix import layer_names, matrix_of
-from ..._core.model_genes import match_genes
 from ..._core.ownership import is_prediction, is_record_of
 from ..._core.predictions import prediction_of, record_of, source_layer
 from ..._core.spots import get_table

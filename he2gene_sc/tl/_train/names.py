@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..._core import validate
-from ..._core.genes import current_symbols, find_genes
+from ..._core.genes import check_not_probes, current_symbols, find_genes
 from ..._core.logs import logger
-from ..._core.model_genes import check_not_probes
 from ..._core.validate import format_list
 from ...models._schema import check_class_names
 
