@@ -55,7 +55,7 @@ def predict(sdata, mpp):
 def test_held_out_section_is_predicted_above_colour_alone(c5):
     model = hg.models.load()
     assert "C5" not in model.card.training["sections"]
-    panels = compare(c5, model).panels.set_index("panel")
+    panels = compare(c5, model)[1].set_index("panel")
     assert panels.loc["highest mean", "model"] >= 0.24
     assert panels.loc["most variable", "model"] >= 0.37
     assert (panels["model"] - panels["colour"] >= 0.015).all()
@@ -146,7 +146,7 @@ def on_c5(her2st, trained):
 
 def test_a_model_of_two_sections_predicts_the_third_above_colour_alone(trained, on_c5):
     sdata, found = on_c5
-    panels = compare(sdata, trained).panels.set_index("panel")
+    panels = compare(sdata, trained)[1].set_index("panel")
     np.testing.assert_allclose(panels["model"], found, atol=0.01)
     assert panels.loc["highest mean", "model"] > 0.27
     assert panels.loc["most variable", "model"] > 0.42

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from .._core.names import clean_names
 from .._core.predictions import gene_flags, predicted_table, predicting_model, record_of, symbols_of
 from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
+from ..cohort._job import METRICS, recorded_summary
+from ..cohort._manifest import SEPARATORS
 from ..io._files import check_new_file, put_file
 from .page import Cell, Section, file_name, is_ours, render
 from .slide import Slide, sections_of
@@ -28,20 +31,9 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
-
 _SUFFIXES = (".html", ".htm")
 #: Columns of a summary of slides that are shown in the index.
-_SUMMARY = (
-    "status",
-    "spots",
-    "share_on_tissue",
-    "share_like_training",
-    "share_annotated",
-    "verdict",
-    "known_sections",
-    "warnings",
-    "error",
-)
+_SUMMARY = ["status", *(name for name in METRICS if name != "mpp"), "warnings", "error"]
 
 
 def report(
@@ -105,47 +97,30 @@ def report(
     """
     validate.arguments(report, locals())
     validate.whole_number(n_genes, "n_genes")
-    options = {"genes": genes, "n_genes": n_genes, "model": model, "prediction_key": prediction_key}
-    options |= {"table_key": table_key, "shapes_key": shapes_key}
-    if is_object(data):
-        return _write_page(data, path, title, overwrite, options)
+    options = {"prediction_key": prediction_key, "table_key": table_key, "shapes_key": shapes_key}
+    page = partial(_page, genes=genes, n_genes=n_genes, model=model, options=options)
+    slides = None if is_object(data) else _slides(data)
+    if slides is not None:
+        return _write_pages(slides, path, title, overwrite, page)
     from ..io._open import open_store
 
-    slides = _slides(data)
-    if slides is None:
-        return _write_page(open_store(Path(data), "data"), path, title, overwrite, options)  # type: ignore[arg-type]
-    return _write_pages(slides, path, title, overwrite, options)
-
-
-def _write_page(
-    data: Any, path: str | Path | None, title: str | None, overwrite: bool, options: dict[str, Any]
-) -> Path:
-    """Write the page of one slide."""
     file = _check_file("report.html" if path is None else path, overwrite)
-    name, sections, _ = _page(data, title, **options)
+    name, sections, _ = page(data if is_object(data) else open_store(Path(data), "data"), title)  # type: ignore[arg-type]
     put_file(file, render(name, sections))
     return file
 
 
 def _check_file(path: str | Path, overwrite: bool) -> Path:
-    """Return the path of a page; raise if it is another file that must not be replaced."""
     return check_new_file(
         path, "path", _SUFFIXES, overwrite=overwrite or is_ours(validate.folder_or_file(path, "path"))
     )
 
 
 def _page(
-    data: Any,
-    title: str | None,
-    *,
-    genes: str | Sequence[str] | None,
-    n_genes: int,
-    model: str | Path | HE2Gene | None,
-    prediction_key: str,
-    table_key: str | None,
-    shapes_key: str | None,
+    data: Any, title: str | None, *, genes: Any, n_genes: int, model: Any, options: dict[str, Any]
 ) -> tuple[str, list[Section], dict[str, Any]]:
     """Return title and sections of the page of a slide, and its row in an index."""
+    prediction_key, table_key = options["prediction_key"], options["table_key"]
     if hasattr(data, "tables"):
         table_key = predicted_table(data, prediction_key, table_key)
     table = get_table(data, table_key, prediction_key=prediction_key)
@@ -162,13 +137,11 @@ def _page(
         if model is not None:
             raise
         card = None
-    options = {"prediction_key": prediction_key, "table_key": table_key, "shapes_key": shapes_key}
+    options = {**options, "table_key": table_key}
     slide = Slide(data, table, keys, record, card, table.var_names[columns].tolist(), n_genes, options)
     if title is None:
         names = _names_of_slide(data, table)
         title = "Predicted expression" + (f": {validate.format_list(names, 3)}" if names else "")
-    from ..cohort._record import recorded_summary
-
     return title, sections_of(slide), recorded_summary(record)
 
 
@@ -186,8 +159,6 @@ def _names_of_slide(data: Any, table: AnnData) -> list[str]:
 
 def _slides(data: Any) -> pd.DataFrame | None:
     """Return the table of slides with their stores in ``output``, or ``None`` for a single store."""
-    from ..cohort._manifest import SEPARATORS
-
     if isinstance(data, pd.DataFrame):
         frame = data
     elif isinstance(data, str | Path):
@@ -223,11 +194,6 @@ def _slides(data: Any) -> pd.DataFrame | None:
     return frame
 
 
-def _not_empty(cells: dict[str, Any]) -> dict[str, Any]:
-    """Return the cells without empty texts, so that a column without any text is left out."""
-    return {name: value for name, value in cells.items() if not isinstance(value, str) or value}
-
-
 def _may_be_store(path: Path) -> bool:
     """Return whether a folder is a store, possibly a damaged one."""
     from ..io._store import is_store
@@ -238,7 +204,7 @@ def _may_be_store(path: Path) -> bool:
         return True
 
 
-def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, options: dict[str, Any]) -> Path:
+def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, page: Callable[..., Any]) -> Path:
     """Write the page of each slide, then the index, which lists slides that failed."""
     from ..io._open import open_store
 
@@ -259,21 +225,22 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
     index = _check_file(index, overwrite)
     rows = []
     for (_, row), store, file in zip(frame.iterrows(), stores, files, strict=True):
-        given = {name: row[name] for name in _SUMMARY if name in frame and not pd.isna(row[name])}
-        cells: dict[str, Any] = {"slide": Cell(store.stem), **_not_empty(given)}
+        given = {name: row[name] for name in _SUMMARY if name in frame and not pd.isna(row[name]) and row[name] != ""}
+        cells: dict[str, Any] = {"slide": Cell(store.stem), **given}
         try:
-            name, sections, recorded = _page(open_store(store, "data"), None, **options)
+            name, sections, recorded = page(open_store(store, "data"), None)
             put_file(file, render(name, sections))
-            cells = _not_empty(recorded) | cells | {"slide": Cell(store.stem, link=file.name)}
+            cells = recorded | cells | {"slide": Cell(store.stem, link=file.name)}
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a slide that fails must not stop the others
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"no report of {str(store)!r}: {reason}", stacklevel=3)
             cells["report"] = f"none: {reason}"
-        rows.append(cells)
-    shown = ["slide", *(name for name in _SUMMARY if any(name in row for row in rows)), "report"]
+        # A column without any text is left out.
+        rows.append({name: value for name, value in cells.items() if value != ""})
+    shown = [name for name in ("slide", *_SUMMARY, "report") if any(name in row for row in rows)]
     section = Section("slides", "Slides", text=[f"{len(rows)} slides; each name links to the page of the slide."])
-    section.add_frame(pd.DataFrame(rows).reindex(columns=shown if any("report" in row for row in rows) else shown[:-1]))
+    section.add_frame(pd.DataFrame(rows, columns=shown))
     put_file(index, render(title or "Slides", [section]))
     return index

@@ -88,27 +88,29 @@ class Slide:
 
 def sections_of(slide: Slide) -> list[Section]:
     """Return the sections in reading order, without those that are empty."""
-    builders = (
-        _trust,
-        _slide,
-        _quality,
-        _annotation,
-        _genes,
-        _chosen,
-        _unreliable,
-        _programmes,
-        _evaluation,
-        _biomarkers,
-        _domains,
-        _run,
-    )
-    sections = [build(slide) for build in builders]
-    return [section for section in sections if section.text or section.figures or section.tables]
+    sections = []
+    for name, title, fill in (
+        ("new-patient", "What holds for a new patient", _trust),
+        ("slide", "Slide and model", _slide),
+        ("tissue", "Tissue and image quality", _quality),
+        ("annotation", "Annotation", _annotation),
+        ("genes", "Reliable genes", _genes),
+        ("chosen-genes", "Chosen genes", _chosen),
+        ("not-reliable", "Genes that are not reliable", _unreliable),
+        ("programmes", "Gene sets", _programmes),
+        ("evaluation", "Comparison with measured expression", _evaluation),
+        ("biomarkers", "Biomarkers", _biomarkers),
+        ("domains", "Domains", _domains),
+        ("run", "Run", _run),
+    ):
+        section = Section(name, title)
+        fill(slide, section)
+        if section.text or section.figures or section.tables:
+            sections.append(section)
+    return sections
 
 
-def _trust(slide: Slide) -> Section:
-    """Report what holds for a new patient."""
-    section = Section("new-patient", "What holds for a new patient")
+def _trust(slide: Slide, section: Section) -> None:
     keys, record = slide.keys, slide.record
     n_reliable = len(slide.genes_by_reliability(True))
     n_predicted = int(gene_flags(slide.table, keys.predicted).sum())
@@ -137,15 +139,12 @@ def _trust(slide: Slide) -> Section:
             f"Compared with the training data, this slide is: {record['verdict']}. {share:.0%} of the spots are out of distribution."
         )
     if slide.card is not None:
-        section.text += [slide.card.intended_use]
+        section.text.append(slide.card.intended_use)
         limitations = [str(text).replace("genes.csv", _GENE_TABLE) for text in slide.card.limitations]
         section.tables.append(Table([[Cell(text)] for text in limitations]))
-    return section
 
 
-def _slide(slide: Slide) -> Section:
-    """List facts on slide and model."""
-    section = Section("slide", "Slide and model")
+def _slide(slide: Slide, section: Section) -> None:
     record, obs = slide.record, slide.table.obs
     facts: dict[str, Any] = {
         name.capitalize(): ", ".join(pd.unique(pd.Series(clean_names(obs[name])).dropna()))
@@ -166,12 +165,10 @@ def _slide(slide: Slide) -> Section:
         "Unit of the prediction": _UNIT,
     }
     section.list_facts({name: value for name, value in facts.items() if value is not None and str(value)})
-    return section
 
 
-def _quality(slide: Slide) -> Section:
+def _quality(slide: Slide, section: Section) -> None:
     """Draw tissue and out-of-distribution score, and summarise the tiles of ``hg.pp.qc``."""
-    section = Section("tissue", "Tissue and image quality")
     drawn = [column for column in (slide.keys.ood, slide.keys.tissue) if column in slide.table.obs]
     if drawn:
         slide.draw(
@@ -187,19 +184,14 @@ def _quality(slide: Slide) -> Section:
             f"{key} (hg.pp.qc): {len(values):,} tiles of the image on tissue. Compare their sharpness and stain with slides with the "
             "same scanner settings."
         )
-        quantiles = values.quantile([0.05, 0.5, 0.95]).T.set_axis(
-            ["5 % of the tiles below", "median", "5 % above"], axis=1
-        )
-        section.add_frame(quantiles.rename_axis("measure").reset_index())
-    return section
+        quantiles = values.quantile([0.05, 0.5, 0.95]).T.rename_axis("measure").reset_index()
+        section.add_frame(quantiles.set_axis(["measure", "5 % of the tiles below", "median", "5 % above"], axis=1))
 
 
-def _annotation(slide: Slide) -> Section:
-    """Count the spots of each class, and draw the annotation."""
-    section = Section("annotation", "Annotation")
+def _annotation(slide: Slide, section: Section) -> None:
     keys, table = slide.keys, slide.table
     if keys.annotation not in table.obs:
-        return section
+        return
     labels = table.obs[keys.annotation].astype("category")
     confidence = table.obs.get(keys.confidence, pd.Series(np.nan, table.obs_names)).astype(float)
     colours = dict(zip(labels.cat.categories, table.uns.get(keys.colors, ()), strict=False))
@@ -216,7 +208,6 @@ def _annotation(slide: Slide) -> Section:
     section.add_frame(pd.DataFrame(rows))
     if labels.notna().any():
         section.draw(pl.annotation(slide.data, **slide.options), "Most probable class of each spot.")
-    return section
 
 
 def _hex(colour: Any) -> str:
@@ -229,9 +220,7 @@ def _hex(colour: Any) -> str:
         return ""
 
 
-def _genes(slide: Slide) -> Section:
-    """Draw and list reliable genes."""
-    section = Section("genes", "Reliable genes")
+def _genes(slide: Slide, section: Section) -> None:
     reliable = slide.genes_by_reliability(True)
     if reliable:
         chosen = reliable[: slide.n_genes]
@@ -241,19 +230,16 @@ def _genes(slide: Slide) -> Section:
             f"{min(len(reliable), _N_ROWS)} of {len(reliable):,} reliable genes are listed, by held-out correlation. All: "
             f"{slide.genes_call(True)}."
         )
-        return section
-    section.text.append("None of the predicted genes is reliable here. Do not interpret the map of a single gene.")
-    section.text.append(
+        return
+    section.text += [
+        "None of the predicted genes is reliable here. Do not interpret the map of a single gene.",
         "You can measure some spots and adapt the prediction (hg.tl.adapt), train on your own sections of at least five patients "
         "(hg.tl.train), use the annotation, or, for another section of a patient that the model was trained on, predict with "
-        "known_patient=True."
-    )
-    return section
+        "known_patient=True.",
+    ]
 
 
-def _chosen(slide: Slide) -> Section:
-    """Draw and list the genes that the user chose."""
-    section = Section("chosen-genes", "Chosen genes")
+def _chosen(slide: Slide, section: Section) -> None:
     if slide.genes:
         slide.draw(section, "Chosen genes, with measured expression beside if available.", genes=slide.genes, ncols=2)
         section.add_frame(_gene_table(slide, slide.genes))
@@ -263,7 +249,6 @@ def _chosen(slide: Slide) -> Section:
             if record is None
             else f"± is half the width of the interval of a spot. Guarantee of its coverage: {record.get('guarantee') or 'none'}."
         )
-    return section
 
 
 def _gene_table(slide: Slide, genes: list[str]) -> pd.DataFrame:
@@ -282,24 +267,17 @@ def _gene_table(slide: Slide, genes: list[str]) -> pd.DataFrame:
     return frame
 
 
-def _unreliable(slide: Slide) -> Section:
-    """Report genes that are not reliable."""
-    section = Section("not-reliable", "Genes that are not reliable")
-    unreliable = slide.genes_by_reliability(False)
-    if unreliable:
-        chosen = [gene for gene in slide.genes if gene in set(unreliable)]
+def _unreliable(slide: Slide, section: Section) -> None:
+    if unreliable := slide.genes_by_reliability(False):
         section.text.append(
             f"{len(unreliable):,} predicted genes are not reliable. Do not interpret maps of single ones; "
             f"{slide.genes_call(False)} lists them."
         )
-        if chosen:
+        if chosen := [gene for gene in slide.genes if gene in set(unreliable)]:
             section.text.append(f"Chosen genes among them: {', '.join(chosen)}.")
-    return section
 
 
-def _programmes(slide: Slide) -> Section:
-    """List and draw the scores of gene sets."""
-    section = Section("programmes", "Gene sets")
+def _programmes(slide: Slide, section: Section) -> None:
     columns = ["source", "n_genes", "n_predicted", "pearson", "pearson_low", "pearson_given_depth", "ceiling"]
     columns += ["reliable", "evidence"]
     for key in slide.runs("programmes", "layer", slide.keys.layer):
@@ -315,12 +293,9 @@ def _programmes(slide: Slide) -> Section:
         reliable = results.loc[results["reliable"], "source"]
         if names := [name for name in reliable if name in drawn][:_N_SETS]:
             slide.draw(section, f"Scores of {len(names)} of {len(reliable):,} reliable gene sets.", color=names)
-    return section
 
 
-def _evaluation(slide: Slide) -> Section:
-    """List the metrics of ``hg.tl.evaluate``."""
-    section = Section("evaluation", "Comparison with measured expression")
+def _evaluation(slide: Slide, section: Section) -> None:
     columns = {
         "section": "section",
         "panel": "genes",
@@ -338,51 +313,40 @@ def _evaluation(slide: Slide) -> Section:
             f"{key}: mean over genes. The model should be better than the other predictors; depth, colour and coordinates use no gene."
         )
         is_one_section = results.loc[results["scope"] == "section", "section"].nunique() < 2
+        rows = results[results["scope"] == ("section" if is_one_section else "mean")]
         # A constant predictor has no correlation.
-        rows = results[
-            (results["scope"] == ("section" if is_one_section else "mean")) & results["pearson_mean"].notna()
-        ]
-        section.add_frame(rows[[name for name in columns if name in rows]].rename(columns=columns))
-    return section
+        section.add_frame(rows.dropna(subset="pearson_mean").filter(list(columns)).rename(columns=columns))
 
 
-def _biomarkers(slide: Slide) -> Section:
-    """List the top biomarkers of each group."""
-    section = Section("biomarkers", "Biomarkers")
+def _biomarkers(slide: Slide, section: Section) -> None:
     columns = ["group", "names", "effect_size", "ci_low", "ci_high", "pvals_adj", "n_samples", "reliable"]
     for key in slide.runs("biomarkers", "layer", slide.keys.layer):
         tested = get.biomarkers(slide.table, key=key)
-        results = tested.groupby("group", sort=False, observed=True).head(_N_MARKERS)
+        results = tested.groupby("group", sort=False, observed=True).head(_N_MARKERS).filter(columns)
         section.text.append(
             f"{key}: {len(results):,} of {len(tested):,} results, those with the highest scores in each group of "
             f"{slide.table.uns[key]['params'].get('groupby', '')}. All: hg.get.biomarkers(sdata, key={key!r})."
         )
-        section.add_frame(results[[name for name in columns if name in results]])
-    return section
+        section.add_frame(results)
 
 
-def _domains(slide: Slide) -> Section:
-    """List and draw the agreement of clusters with domains."""
-    section = Section("domains", "Domains")
+def _domains(slide: Slide, section: Section) -> None:
     columns = ["section", "labels", "against", "mean", "sd", "pval"]
     for key in slide.runs("domain_preservation", "layer", slide.keys.layer):
         scores = get.domains(slide.table, score="ari", key=key)
         section.text.append(f"{key}: adjusted Rand index of the clusters with the annotated domains.")
-        section.add_frame(scores[[name for name in columns if name in scores]])
+        section.add_frame(scores.filter(columns))
         for name in scores["section"].drop_duplicates():
             if name != "all":
                 axes = pl.domains(slide.data, section=name, key=key, table_key=slide.options["table_key"])
                 section.draw(axes, f"Domains and clusters of {name}.")
-    return section
 
 
-def _run(slide: Slide) -> Section:
-    """List versions and recorded parameters."""
-    section = Section("run", "Run", text=["Recorded parameters of each run, without arguments that were None."])
+def _run(slide: Slide, section: Section) -> None:
+    section.text.append("Recorded parameters of each run, without arguments that were None.")
     record = slide.record
-    section.list_facts(
-        {"Versions": record.get("versions"), "Device": record.get("device"), "Precision": record.get("dtype")}
-    )
+    facts = {"Versions": "versions", "Device": "device", "Precision": "dtype"}
+    section.list_facts({title: record.get(name) for title, name in facts.items()})
     names = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
     given = {name: record.get(names[name]) for name in record.get("given", ()) if name in names}
     given = {"model": record["model"], **given}
@@ -396,4 +360,3 @@ def _run(slide: Slide) -> Section:
         if isinstance(entry, Mapping) and {"verb", "params"} <= set(entry):
             runs[f"{public_name(entry['verb'])}, {key}"] = dict(entry["params"])
     section.list_facts(runs)
-    return section

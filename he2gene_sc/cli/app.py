@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Command, Json, records, say, say_json, say_table, split_names
+from .output import Command, Json, records, say, say_evaluation, say_json, say_table, split_names
 from .prediction import MODEL as _MODEL
 from .prediction import predict
 
@@ -208,14 +208,10 @@ def benchmark(
     table = _benchmark.run(
         source, model, units, cache=cache, options=settings, device=device, echo=partial(say, err=True)
     )
-    command = [
-        "he2gene benchmark",
-        f"--data {data}",
-        *(f"--model {name}" for name in model),
-        *(f"--folds {u}" for u in units),
-    ]
-    command += [f"--section {name}" for name in section] + ([f"--options {options.name}"] if options else [])
-    written = _benchmark_report.write(table, data, out, " ".join(command))
+    shown = {"data": [data], "model": model, "folds": units, "section": section}
+    shown["options"] = [] if options is None else [options.name]
+    words = [f"--{name} {value}" for name, values in shown.items() for value in values]
+    written = _benchmark_report.write(table, data, out, " ".join(["he2gene benchmark", *words]))
     if as_json:
         say_json(records(table))
         return
@@ -256,7 +252,6 @@ def evaluate(
     from .._core import validate
     from ..io._files import check_own_files, check_writable
     from ..io._open import open_store
-    from .evaluation_report import say_evaluation
 
     if out is not None and validate.folder_or_file(out, "--out").is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,47 +17,13 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 _GENES = ("ERBB2", "CD24", "COL1A1", "FASN")
+#: Functions that print a line, and a title with the rows of a table.
+Echo = Callable[[str], object]
+Show = Callable[[str, list[dict[str, str]]], object]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Comparison of predicted and measured expression of one section.
-
-    Attributes
-    ----------
-    genes
-        One row per gene: ``gene, mean`` (measured), ``pearson`` (here), ``ceiling`` (here), ``pcc`` (held-out, from the
-        card), ``reliable``.
-    panels
-        One row per panel: ``panel, n_genes, model, colour, ceiling``, mean Pearson correlations.
-    """
-
-    genes: pd.DataFrame
-    panels: pd.DataFrame
-
-
-def run(
-    section: str,
-    out: Path,
-    model: HE2Gene,
-    echo: Callable[[str], object],
-    show: Callable[[str, list[dict[str, str]]], object],
-) -> pd.DataFrame:
-    """Run the demo and print its progress; return the panels of the comparison.
-
-    Parameters
-    ----------
-    section
-        her2st section; if its files are not available, the toy slide is used.
-    out
-        Folder to write to.
-    model
-        The model.
-    echo
-        Function that prints a line.
-    show
-        Function that prints a title and the rows of a table.
-    """
+def run(section: str, out: Path, model: HE2Gene, echo: Echo, show: Show) -> pd.DataFrame:
+    """Run the demo on a her2st section, else on the toy slide, and print its progress; return the panels."""
     from .. import get, io, pl, tl
     from ..io._files import check_own_files
 
@@ -97,9 +62,9 @@ def run(
     drawn = [gene for gene in _GENES if gene in set(get.genes(sdata))]
     pl.spatial(sdata, drawn, save=out / "genes.png")
     echo(f"First picture: {out / 'genes.png'}")
-    comparison = compare(sdata, model)
-    _report(comparison, table, echo, show)
-    comparison.genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
+    genes, panels = compare(sdata, model)
+    _report(genes, panels, table, echo, show)
+    genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
     reference = "annotation" if table.obs["annotation"].notna().any() else None
     pl.annotation(sdata, reference=reference, save=out / "annotation.png")
     plt.close("all")
@@ -111,7 +76,7 @@ def run(
     echo(f"           {out / 'annotation.png'}")
     echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
     echo(f"Object     {store}  (spatialdata.read_zarr)")
-    return comparison.panels
+    return panels
 
 
 def _first_line(section: str, model: HE2Gene) -> str:
@@ -123,7 +88,7 @@ def _first_line(section: str, model: HE2Gene) -> str:
     return f"Section {section}, which {model.name} was not trained on{known}."
 
 
-def _load(section: str, echo: Callable[[str], object]) -> tuple[str, SpatialData]:
+def _load(section: str, echo: Echo) -> tuple[str, SpatialData]:
     from .. import datasets
 
     try:
@@ -138,10 +103,12 @@ def _load(section: str, echo: Callable[[str], object]) -> tuple[str, SpatialData
     return section, sdata
 
 
-def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
+def compare(sdata: SpatialData, model: HE2Gene) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare the layer ``"he2gene"`` of ``sdata["table"]`` with its counts, and with a colour baseline.
 
-    The panels are those of the model: the genes of highest mean and of highest variance in its training sections.
+    Returns a table of genes: ``gene, mean`` (measured), ``pearson`` (here), ``ceiling`` (here), ``pcc`` (held-out, from the
+    card), ``reliable``; and a table of the model's panels, genes of highest mean and of highest variance in its training
+    sections: ``panel, n_genes``, and mean Pearson correlations ``model, colour, ceiling``.
     """
     from ..stats import log_normalise, noise_ceiling, pearson
 
@@ -179,7 +146,7 @@ def compare(sdata: SpatialData, model: HE2Gene) -> Comparison:
                 "ceiling": by_name.loc[chosen, "ceiling"].fillna(0).mean(),
             }
         )
-    return Comparison(genes, pd.DataFrame(rows))
+    return genes, pd.DataFrame(rows)
 
 
 def _colour_pearson(
@@ -216,22 +183,17 @@ def _colour_pearson(
     return r
 
 
-def _report(
-    comparison: Comparison,
-    table: AnnData,
-    echo: Callable[[str], object],
-    show: Callable[[str, list[dict[str, str]]], object],
-) -> None:
+def _report(genes: pd.DataFrame, panels: pd.DataFrame, table: AnnData, echo: Echo, show: Show) -> None:
     names = {"model": "model", "colour": "colour alone", "ceiling": "noise ceiling"}
     show(
         "Mean Pearson of a gene, across spots",
         [
             {"genes": str(row["n_genes"]), "panel": row["panel"]}
             | {name: f"{row[column]:.3f}" for column, name in names.items()}
-            for row in comparison.panels.to_dict("records")
+            for row in panels.to_dict("records")
         ],
     )
-    by_name = comparison.genes.set_index("gene")
+    by_name = genes.set_index("gene")
     figures = {"pearson": "Pearson here", "pcc": "held-out in training", "ceiling": "noise ceiling"}
     shown = dict.fromkeys([gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6]))
     show(
@@ -248,9 +210,5 @@ def _report(
     if table.obs["annotation"].notna().any():
         known = table.obs["annotation"].notna() & table.obs["he2gene_annotation"].notna()
         same = table.obs["annotation"].astype(str)[known] == table.obs["he2gene_annotation"].astype(str)[known]
-        echo(f"Annotation: {same.mean():.0%} of {known.sum()} labelled spots agree ({_source(table)}).")
-
-
-def _source(table: AnnData) -> str:
-    sources = sorted(table.obs["annotation_source"].dropna().unique())
-    return f"labels: {', '.join(sources)}"
+        sources = ", ".join(sorted(table.obs["annotation_source"].dropna().unique()))
+        echo(f"Annotation: {same.mean():.0%} of {known.sum()} labelled spots agree (labels: {sources}).")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -14,10 +15,25 @@ from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     import pandas as pd
+    from spatialdata import SpatialData
 
 #: Width of tables that are not printed to a terminal, in characters.
 _WIDTH = 240
 _STDOUT: ContextVar[TextIO] = ContextVar("stdout")
+#: Columns of a summary of an evaluation, and of its annotation, by their names in the output.
+_COLUMNS = {
+    "Pearson": "pearson_mean",
+    "median": "pearson_median",
+    "minus it": "pearson_difference_mean",
+    "of ceiling": "ceiling_share_mean",
+    "skill": "skill_mean",
+}
+_ANNOTATION = {
+    "balanced accuracy": "balanced_accuracy",
+    "macro F1": "macro_f1",
+    "macro AUROC": "macro_auroc",
+    "calibration error": "calibration_error",
+}
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]
 
@@ -89,3 +105,49 @@ def split_names(given: list[str]) -> list[str]:
     if given and not names:
         raise ValueError(f"--genes {list(given)} names no gene; pass one or more, such as --genes ERBB2,CD24")
     return names
+
+
+def say_evaluation(sdata: SpatialData, table_key: str | None, *, annotation: bool) -> None:
+    """Print the summary of an evaluation: each section and, with several, the mean over sections."""
+    from .. import get
+
+    summary = get.evaluation(sdata, table_key=table_key, dropna=False)
+    sections = summary.loc[summary["scope"] == "section", "section"].unique()
+    several = len(sections) > 1
+    for scope in ["section"] + ["mean"] * several:
+        for section, frame in summary[summary["scope"] == scope].groupby("section", sort=False):
+            title = f"{section}, {frame['n_spots'].iloc[0]} spots" if scope == "section" else "mean over sections"
+            say_table(title, _scores(frame), as_list=False)
+            say()
+    if annotation:
+        labelled = get.evaluation(sdata, "annotation", table_key=table_key)
+        shown = labelled[labelled["scope"].isin(["section"] + ["mean"] * several)].to_dict("records")
+        rows = [
+            {"section": str(row["section"]), "labelled spots": str(row["n_labelled"])}
+            | {name: _number(row[column]) for name, column in _ANNOTATION.items()}
+            for row in shown
+        ]
+        say_table("annotation", rows, as_list=False)
+        say()
+    predictors = get.evaluation(sdata, "predictors", table_key=table_key).to_dict("records")
+    status = [f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}" for row in predictors]
+    say_table("predictors", [dict(zip([row["predictor"] for row in predictors], status, strict=True))], as_list=True)
+    left_out = get.evaluation(sdata, "left_out", table_key=table_key)
+    counted = ", ".join(f"{row['n']} {row['what']}" for row in left_out.to_dict("records") if row["n"])
+    say(f"Left out: {counted or 'nothing'}")
+
+
+def _scores(frame: pd.DataFrame) -> list[dict[str, str]]:
+    # Group the rows of predictors by panel.
+    panels = list(frame["panel"].unique())
+    ordered = frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable")
+    rows: list[dict[str, Any]] = ordered.to_dict("records")
+    return [
+        {"panel": row["panel"], "predictor": row["predictor"], "genes": str(row["n_genes"])}
+        | {name: _number(row.get(column, math.nan)) for name, column in _COLUMNS.items()}
+        for row in rows
+    ]
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

@@ -119,16 +119,9 @@ def predict(
     }
     of_image = {"pitch_um": pitch_um, "tissue_method": tissue_method}
     loaded = load(model, allow_encoder_source=allow_encoder_source)
-    many = {"out_dir": out_dir, "scheduler": scheduler, "workers": workers, "summary": summary}
-    if manifest is None and paths is not None and len(paths) == 1 and all(value is None for value in many.values()):
-        _predict_one(
-            paths[0],
-            out,
-            options,
-            {**of_image, "keep_image": not no_image, "overwrite": overwrite},
-            loaded,
-            as_json=as_json,
-        )
+    if paths and len(paths) == 1 and {out_dir, scheduler, workers, summary} == {None}:
+        further = {**of_image, "keep_image": not no_image, "overwrite": overwrite}
+        _predict_one(paths[0], out, options, further, loaded, as_json=as_json)
         return
     if out is not None and (manifest is not None or len(paths or []) > 1):
         raise ValueError("--out is for one slide; name a folder with --out-dir, or a column `output` in the manifest")
@@ -164,8 +157,7 @@ def _predict_one(
     from .._core import validate
     from .._core.hints import use_mpp_hint
     from .._core.stores import resolved
-    from ..cohort._job import Job, output_of
-    from ..cohort._record import slide_summary
+    from ..cohort._job import Job, output_of, slide_summary
     from ..cohort._slide import predict_slide
 
     path = validate.folder_or_file(path, "PATH")

@@ -120,7 +120,6 @@ def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _make_dataclass(kind: Any, table: Mapping[str, Any]) -> Any:
-    """Make a dataclass from a table."""
     given = {name: value for name, value in table.items() if kind is not DefaultRecipe or name != "name"}
     if unknown := sorted(given.keys() - set(_fields(kind))):
         paper = kind is DefaultRecipe and unknown[0] in _fields(PaperRecipe)
@@ -169,21 +168,14 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
         )
     if source == "stores":
         return _stores(given["stores"], path)
-    for name in _PARTS.keys() & choices.keys():
-        if isinstance(choices[name], str):
-            choices[name] = _part(choices[name], name, path)
+    for name, parts in _PARTS.items():
+        if isinstance(value := choices.get(name), str):
+            split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in parts}
+            try:
+                choices[name] = split[validate.one_of(value, split, name)]
+            except ValueError as error:
+                raise ValueError(f"{path.name}: [data] {error}; or pass a list of {name}") from error
     return getattr(datasets, source)(path.resolve().parent / Path(given[source]).expanduser(), **choices)
-
-
-def _part(value: str, name: str, path: Path) -> tuple[str, ...]:
-    """Return the part of the paper's split that a file names."""
-    from .. import datasets
-
-    split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in _PARTS[name]}
-    try:
-        return split[validate.one_of(value, split, name)]
-    except ValueError as error:
-        raise ValueError(f"{path.name}: [data] {error}; or pass a list of {name}") from error
 
 
 def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:

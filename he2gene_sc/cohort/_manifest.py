@@ -6,7 +6,7 @@ import csv
 import inspect
 import io
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,16 +79,12 @@ def read_jobs(
     return jobs, models
 
 
-def _predict() -> Callable[..., Any]:
-    from ..tl import predict
-
-    return predict
-
-
 @cache
 def _options() -> dict[str, inspect.Parameter]:
     """Return the arguments of ``tl.predict`` that may differ between slides."""
-    found = validate.parameters(_predict())
+    from ..tl import predict
+
+    found = validate.parameters(predict)
     return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
 
 
@@ -104,9 +100,10 @@ def _check(options: Mapping[str, Any], is_local: bool) -> None:
     from .._core.keys import check_key
     from .._core.mpp import check_mpp
     from ..pp._tissue import METHODS
+    from ..tl import predict
     from ..tl._encoding import EncodingOptions, check_options
 
-    validate.arguments(_predict(), options)
+    validate.arguments(predict, options)
     if "pitch_um" in options:
         validate.in_range(options["pitch_um"], "pitch_um", above=0)
     if "tissue_method" in options:
@@ -150,7 +147,8 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     import pandas as pd
 
     if isinstance(slides, pd.DataFrame):
-        rows = ((f"`paths`, row {number}", list(values)) for number, values in enumerate(_values(slides)))
+        values = slides.itertuples(index=False, name=None)
+        rows = ((f"`paths`, row {number}", list(cells)) for number, cells in enumerate(values))
         yield from _checked([str(column).strip() for column in slides.columns], rows, Path.cwd(), "`paths`")
     elif isinstance(slides, str | Path):
         path = validate.folder_or_file(slides, "paths")
@@ -169,10 +167,6 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, path in enumerate(slides):
             where = f"`paths`, number {number}"
             yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
-
-
-def _values(frame: pd.DataFrame) -> Iterator[tuple[Any, ...]]:
-    return frame.itertuples(index=False, name=None)
 
 
 def _check_kind(path: Path) -> None:
@@ -338,19 +332,16 @@ def _check_outputs(jobs: list[Job]) -> None:
                 f"`paths`: {str(other.path)!r} and {str(job.path)!r} would both be written to {str(job.output)!r}; name each "
                 "slide once, or give the manifest a column `output`"
             )
-    slides: dict[Path, Job] = {}
-    for job in jobs:
-        place = resolved(job.path)
-        writer = writers.get(place)
-        if writer is not None and writer is not job:
+    slides = [resolved(job.path) for job in jobs]
+    for place, job in zip(slides, jobs, strict=True):
+        if (writer := writers.get(place, job)) is not job:
             raise ValueError(
                 f"`paths`: {str(writer.path)!r} would be written to {str(job.path)!r}, which is also a slide; name "
                 "another store in a column `output`"
             )
-        slides[place] = job
-    for place in [*writers, *slides]:
-        around = next((parent for parent in place.parents if parent in writers or parent in slides), None)
-        if around is not None:
+    places = dict.fromkeys([*writers, *slides])
+    for place in places:
+        if around := next((parent for parent in place.parents if parent in places), None):
             raise ValueError(
                 f"`paths`: {str(place)!r} lies in {str(around)!r}, which is also a slide or an output; name another place in a "
                 "column `output`"

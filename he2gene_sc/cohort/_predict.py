@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
@@ -15,9 +16,8 @@ from .._core import validate
 from .._core.hints import use_mpp_hint
 from .._settings import settings
 from ._cluster import check_client, local_client, workers_here
-from ._job import Job
+from ._job import METRICS, Job, find_finished, slide_summary
 from ._manifest import LABELS, SEPARATORS, read_jobs
-from ._record import find_finished, slide_summary
 from ._slide import predict_slide
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
-_METRICS = ("spots", "mpp", "share_on_tissue", "share_like_training", "share_annotated", "verdict", "known_sections")
 #: Predict one slide at a time in a process, however many threads its worker has.
 _SLIDE_LOCK = threading.Lock()
 
@@ -100,6 +99,8 @@ def predict(
     >>> failed = frame[frame["status"] == "failed"]
     """
     validate.arguments(predict, {name: value for name, value in locals().items() if name != "options"})
+    from tqdm.auto import tqdm
+
     if n_workers is not None:
         validate.whole_number(n_workers, "n_workers")
     check_client(client, n_workers)
@@ -123,7 +124,8 @@ def predict(
         else:
             todo[number] = (job, model)
     shown = settings.show_progress_bar if show_progress_bar is None else show_progress_bar
-    with _bar(len(jobs), len(jobs) - len(todo), shown) as bar:
+    done = len(jobs) - len(todo)
+    with tqdm(total=len(jobs), initial=done, unit="slide", desc="predict", disable=not shown) as bar:
         if todo:
             device = str(options.get("device") or settings.device)
             with contextlib.closing(_predicted(client, todo, n_workers, device)) as rows:
@@ -135,14 +137,11 @@ def predict(
 
 
 def _load(names: list[Any]) -> list[HE2Gene]:
-    """Load every model once."""
     from ..models import load
 
-    loaded: dict[Any, HE2Gene] = {}
-    for name in names:
-        key = id(name) if not isinstance(name, str | Path) else name
-        loaded.setdefault(key, load(name) if key not in loaded else loaded[key])
-    return [loaded[name if isinstance(name, str | Path) else id(name)] for name in names]
+    keys = [name if isinstance(name, str | Path) else id(name) for name in names]
+    loaded = {key: load(name) for key, name in dict(zip(keys, names, strict=True)).items()}
+    return [loaded[key] for key in keys]
 
 
 def _predicted(
@@ -164,12 +163,6 @@ def _connected(
     client: Client | None, environments: list[dict[str, str]], **options: bool
 ) -> contextlib.AbstractContextManager[Client]:
     return local_client(environments, **options) if client is None else contextlib.nullcontext(client)
-
-
-def _bar(total: int, done: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, initial=done, unit="slide", desc="predict", disable=not shown)
 
 
 class _Summary:
@@ -261,7 +254,7 @@ class _Summary:
 
 
 def _columns(labels: Iterable[str]) -> list[str]:
-    return ["path", "output", *labels, "status", *_METRICS, "seconds", "warnings", "error"]
+    return ["path", "output", *labels, "status", *METRICS, "seconds", "warnings", "error"]
 
 
 def _is_summary(path: Path) -> bool:
@@ -306,18 +299,11 @@ def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, i
     session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
     models = {id(model): model for _, model in todo.values()}
     sent = {key: send(client, model) for key, model in models.items()}
-    return {
-        client.submit(
-            run, job, sent[id(model)], session, pure=False, key=f"predict-{job.output.name}-{_unique()}"
-        ): number
-        for number, (job, model) in todo.items()
-    }
-
-
-def _unique() -> str:
-    import uuid
-
-    return uuid.uuid4().hex
+    futures = {}
+    for number, (job, model) in todo.items():
+        key = f"predict-{job.output.name}-{uuid.uuid4().hex}"
+        futures[client.submit(run, job, sent[id(model)], session, pure=False, key=key)] = number
+    return futures
 
 
 def _row(future: Any) -> dict[str, Any]:
@@ -346,7 +332,8 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
     hint = use_mpp_hint("pass mpp={mpp} (--mpp {mpp}), or add a column `mpp` to the manifest")
-    with _SLIDE_LOCK, own, hint, warnings.catch_warnings(record=True) as caught, _settings(session):
+    quiet = _settings({**session, "show_progress_bar": False})
+    with _SLIDE_LOCK, own, hint, warnings.catch_warnings(record=True) as caught, quiet:
         warnings.simplefilter("default")
         began = time.perf_counter()
         try:
@@ -370,13 +357,10 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _settings(session: dict[str, Any]) -> Iterator[None]:
     before = {name: getattr(settings, name) for name in session}
-    shown = settings.show_progress_bar
     try:
-        settings.show_progress_bar = False
         for name, value in session.items():
             setattr(settings, name, value)
         yield
     finally:
-        settings.show_progress_bar = shown
         for name, value in before.items():
             setattr(settings, name, value)

@@ -15,8 +15,7 @@ from .._core.keys import ATTRS
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
 from .._core.validate import format_list
-from ._job import FILES, SOURCE, Job, elements_of
-from ._record import find_finished
+from ._job import FILES, SOURCE, Job, elements_of, find_finished
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -36,6 +36,13 @@ _OPTIONS = {"prediction_key": "he2gene", "table_key": None, "shapes_key": None}
 ORDER = ["new-patient", "slide", "tissue", "annotation", "genes", "chosen-genes", "not-reliable", "run"]
 
 
+def filled(fill, slide):
+    """Return a section of the page."""
+    section = Section("", "")
+    fill(slide, section)
+    return section
+
+
 class Page(HTMLParser):
     """Ids of the sections, tags with their attributes, and the text of a page."""
 
@@ -120,7 +127,7 @@ def test_shortened_lists_and_the_slide_are_named(reported, plain, tmp_path, monk
     table.var["he2gene_reliable"] = table.var["he2gene_predicted"]
     slide = Slide(table, table, Keys(), table.uns["he2gene"], None, [], 1, {})
     monkeypatch.setattr(Slide, "draw", lambda *_, **__: None)
-    section = _genes(slide)
+    section = filled(_genes, slide)
     assert section.text == [
         "3 of 39 reliable genes are listed, by held-out correlation. All: hg.get.genes(sdata, reliable=True)."
     ]
@@ -142,7 +149,8 @@ def test_a_slide_without_section_is_named_by_its_store_or_patient(plain, tmp_pat
 
 def test_the_page_says_where_the_table_of_genes_of_the_card_is(plain):
     card = SimpleNamespace(intended_use="Tests.", limitations=["Use the column `reliable` of genes.csv."])
-    section = _trust(Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], card, [], 1, _OPTIONS))
+    slide = Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], card, [], 1, _OPTIONS)
+    section = filled(_trust, slide)
     assert section.tables[0].rows[0][0].text == (
         "Use the column `reliable` of genes.csv (in the folder of the model; on this page: Reliable genes)."
     )
@@ -176,17 +184,18 @@ def test_recorded_runs_are_shown(plain, tmp_path):
 def test_scores_of_gene_sets_are_listed_and_reliable_ones_are_drawn(plain):
     hg.tl.programmes(plain, hg.datasets.toy_diseases())
     slide = Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {})
-    section = _programmes(slide)
+    section = filled(_programmes, slide)
     assert section.tables[0].rows[0][-1].text == "unknown: no held-out slides"
     assert not section.figures
     plain["table"].uns["he2gene_programmes"]["results"]["reliable"] = [True, False, False]
-    assert len(_programmes(slide).figures) == 1
+    assert len(filled(_programmes, slide).figures) == 1
 
 
 def test_quality_of_the_image_is_shown_if_it_was_measured(plain):
     tiles = plain["spots"].assign(qc_tenengrad=np.arange(30.0), qc_outlier=False, is_tissue=np.arange(30) > 9)
     plain["he_qc"] = tiles
-    section = _quality(Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {}))
+    slide = Slide(plain, plain["table"], Keys(), plain["table"].uns["he2gene"], None, [], 1, {})
+    section = filled(_quality, slide)
     assert "he_qc (hg.pp.qc): 20 tiles of the image on tissue" in section.text[0]
     row = next(row for row in section.tables[0].rows if row[0].text == "qc_tenengrad")
     assert row[2].text == "19.5"
@@ -198,7 +207,7 @@ def test_results_of_another_prediction_are_not_shown(plain):
     uns["b"] = {"verb": "biomarkers", "params": {"layer": "X"}}
     uns["he2gene_domains"] = {"verb": "domain_preservation", "params": {"layer": "other"}}
     slide = Slide(plain, plain["table"], Keys(), uns["he2gene"], None, [], 1, {"prediction_key": "he2gene"})
-    assert not any(make(slide).text for make in (_evaluation, _biomarkers, _domains))
+    assert not any(filled(fill, slide).text for fill in (_evaluation, _biomarkers, _domains))
 
 
 def test_domains_of_each_section_of_the_reported_table_are_shown(toy, monkeypatch):
@@ -208,7 +217,7 @@ def test_domains_of_each_section_of_the_reported_table_are_shown(toy, monkeypatc
     drawn = []
     monkeypatch.setattr(hg.pl, "domains", lambda _, **kwargs: drawn.append(kwargs) or plt.subplots()[1])
     options = {"prediction_key": "he2gene", "table_key": "table"}
-    section = _domains(Slide(toy, toy["table"], Keys(), {}, None, [], 1, options))
+    section = filled(_domains, Slide(toy, toy["table"], Keys(), {}, None, [], 1, options))
     assert drawn == [{"section": name, "key": "mine", "table_key": "table"} for name in ("a", "b")]
     assert len(section.figures) == 2
 

@@ -439,7 +439,7 @@ def test_demo_on_the_held_out_section_beats_colour(run, tmp_path):
     from he2gene_sc.cli.demo import compare
 
     run("demo", "--section", "C5", "--out", tmp_path)
-    panels = compare(sd.read_zarr(tmp_path / "C5.zarr"), hg.models.load()).panels.set_index("panel")
+    panels = compare(sd.read_zarr(tmp_path / "C5.zarr"), hg.models.load())[1].set_index("panel")
     assert panels.loc["highest mean", "model"] >= 0.24
     assert panels.loc["most variable", "model"] >= 0.37
     assert (panels["model"] >= panels["colour"] + 0.015).all()

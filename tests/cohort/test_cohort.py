@@ -24,9 +24,8 @@ from he2gene_sc.cli import app as cli
 from he2gene_sc.cohort import _predict as cohort
 from he2gene_sc.cohort import _slide
 from he2gene_sc.cohort._cluster import workers_here
-from he2gene_sc.cohort._job import Job, output_of
+from he2gene_sc.cohort._job import Job, find_finished, output_of, slide_summary
 from he2gene_sc.cohort._manifest import read_jobs
-from he2gene_sc.cohort._record import find_finished, slide_summary
 from he2gene_sc.cohort._slide import predict_slide
 from he2gene_sc.io._store import locked
 

@@ -633,9 +633,9 @@ def test_metrics_of_the_held_out_section_agree_with_the_demo(predicted_c5):
 
     model, sdata = hg.models.load(), predicted_c5
     hg.tl.evaluate(sdata, annotation_key="annotation")
-    demo = compare(sdata, model)
+    genes, panels = compare(sdata, model)
     found = genes_of(sdata, section="C5")
-    by_gene = demo.genes.set_index("gene").loc[found.index]
+    by_gene = genes.set_index("gene").loc[found.index]
     np.testing.assert_allclose(found["pearson"], by_gene["pearson"], atol=1e-6)
     np.testing.assert_allclose(found["ceiling_high"], by_gene["ceiling"], atol=1e-6)
     summary = hg.get.evaluation(sdata).query("scope == 'section'").set_index(["predictor", "panel"])
@@ -643,7 +643,7 @@ def test_metrics_of_the_held_out_section_agree_with_the_demo(predicted_c5):
         row = summary.loc[("he2gene", panel)]
         # In the demo, a constant gene has correlation 0.
         mean = row["pearson_mean"] * row["n_genes"] / (row["n_genes"] + row["n_constant"])
-        assert mean == pytest.approx(demo.panels.set_index("panel").loc[name, "model"], abs=1e-6)
+        assert mean == pytest.approx(panels.set_index("panel").loc[name, "model"], abs=1e-6)
     assert summary.loc[("he2gene", "target"), "pearson_mean"] > summary.loc[("mean colour", "target"), "pearson_mean"]
 
 

@@ -15,7 +15,7 @@ from spatialdata.models import Image2DModel
 import he2gene_sc as hg
 from he2gene_sc._core.predictions import summary_of
 from he2gene_sc._core.slide import resolve
-from he2gene_sc.cohort._record import _same_patient
+from he2gene_sc.cohort._job import _same_patient
 from he2gene_sc.image import Level, Pyramid, pixels_sha256
 from he2gene_sc.models import ModelCard
 from he2gene_sc.tl import _known
