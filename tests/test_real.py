@@ -112,7 +112,9 @@ def trained(her2st, tmp_path_factory):
     return hg.tl.train(
         [her2st("C2"), her2st("C3")],
         annotation_key="annotation",
-        genes=hg.GeneSelection(missing_genes_are_zero=True),
+        genes=hg.GeneSelection(missing_genes_are_zero=True, min_spot_share=0.3),
+        # The windows of tutorial 02, whose patches are encoded once.
+        preset=hg.DefaultRecipe(windows_um=(100, 400)),
         cache=tmp_path_factory.mktemp("features"),
         device="cpu",
     )

@@ -23,6 +23,16 @@ PUBLIC = [
 ELSEWHERE = {"from_checkpoint": "tests/models/test_paper.py", "from_wsidata": "tests/io/test_lazyslide.py"}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _small_patches():
+    """Encode patches of 96 px with the bundled model, which takes a fifth of the time."""
+    extractor = hg.models.load().network.extractor
+    whole = extractor.input_px
+    extractor.input_px = extractor.preprocess.input_px = 96
+    yield
+    extractor.input_px = extractor.preprocess.input_px = whole
+
+
 def write_files(name, folder):
     """Write the files that an example reads."""
     if name == "her2st":

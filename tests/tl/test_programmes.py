@@ -238,11 +238,12 @@ def test_a_card_has_the_held_out_accuracy_of_sets_named_in_training():
 
 @pytest.mark.slow
 def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(tmp_path):
-    slides = [hg.datasets.toy((4, 4), seed=i) for i in range(4)]
+    slides = [hg.datasets.toy((4, 4), mpp=2.0, seed=i) for i in range(4)]
     for i, slide in enumerate(slides):
         slide["table"].obs[["patient", "section"]] = f"P{i}"
     fat = {"fat": ["ADIPOQ", "FABP4", "PLIN1", "PLIN4", "LPL"], "small": ["ERBB2"]}
-    model = hg.tl.train(slides[:3], genes=hg.GeneSelection(programmes=fat), show_progress_bar=False)
+    preset = hg.DefaultRecipe(windows_um=(200.0,))
+    model = hg.tl.train(slides[:3], preset=preset, genes=hg.GeneSelection(programmes=fat), show_progress_bar=False)
     hg.tl.predict(slides[3], model=model, show_progress_bar=False)
     slides[3].write(tmp_path / "s.zarr")
     back = spatialdata.read_zarr(tmp_path / "s.zarr")

@@ -198,7 +198,7 @@ def test_sections_without_labels_or_without_a_gene_can_be_trained_on():
 @pytest.mark.parametrize("preset", [BASE, SPAT], ids=["base", "spat"])
 def test_a_tiny_network_learns_a_planted_signal(preset):
     data = toy_set(120)
-    recipe = replace(preset, lr=1e-2, lr_step=100, aux_weight=1.0, max_epochs=40)
+    recipe = replace(preset, lr=2e-2, lr_step=100, aux_weight=1.0, max_epochs=25)
     fitted = fit(data, recipe, dropout=0.0)
     first, best = fitted.history[0], fitted.history[fitted.best_epoch]
     assert best["held_out_error"] < 0.1 * first["held_out_error"]
