@@ -54,22 +54,21 @@ KINDS = {
 }
 
 
-class Changed:
+class Changed(PatchReader):
     """A reader whose patches are recoloured, the same for a section, or degraded."""
 
-    def __init__(self, reader, stain, coarse, name):
-        self.reader, self.coarse, self.windows = reader, coarse, reader.plan.windows
-        self.plan, self.n_spots, self.batch_size = reader.plan, reader.n_spots, reader.batch_size
-        self.stain = None
+    def __init__(self, *arguments, stain, coarse, name, **options):
+        super().__init__(*arguments, **options)
+        self.coarse, self.stain = coarse, None
         if stain is not None:
             rng = np.random.default_rng([stain, zlib.crc32(name.encode())])
             # Each stain stronger or weaker, and the light of another lamp.
             mixed = hed_from_rgb @ np.diag(np.exp(rng.normal(0, 0.25, 3))) @ rgb_from_hed
             self.stain = mixed.astype(np.float32), rng.normal(0, 0.04, 3).astype(np.float32)
 
-    def __iter__(self):
-        for batch in self.reader:
-            yield PatchBatch(batch.index, tuple(map(self._change, batch.patches, self.windows)))
+    def read_batches(self, numbers):
+        for batch in super().read_batches(numbers):
+            yield PatchBatch(batch.index, tuple(map(self._change, batch.patches, self.plan.windows)))
 
     def _change(self, patches, window):
         x = torch.from_numpy(patches)
@@ -99,16 +98,17 @@ def encode(measured, kind, folder):
     encoder, symmetries, stain, coarse = KINDS[kind]
     extractor, sha256, _ = extractor_of(encoder)
     slide = measured.slide
-    reader = PatchReader(
+    reader = Changed(
         slide.pyramid,
         measured.centres,
         slide.mpp,
         windows_um=WINDOWS_UM,
         input_px=extractor.input_px,
         factor=slide.pixel_factor,
+        stain=stain,
+        coarse=coarse,
+        name=measured.name,
     )
-    if stain is not None or coarse:
-        reader = Changed(reader, stain, coarse, measured.name)
     how = Encoder(sha256, symmetries, torch.device("cpu"), torch.float32)
     return cached_features(Part(extractor, reader), how, folder)
 
