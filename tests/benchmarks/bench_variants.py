@@ -1,13 +1,13 @@
-"""Variants of the default preset, within a patient and across patients, at fixed penalties and ranks.
+"""Variants of the default preset, within a patient and with patients held out, at fixed penalties and ranks.
 
     HE2GENE_DATA_DIR=../shared/data python tests/benchmarks/bench_variants.py [VARIANT...] --cache DIR [--encode KIND...]
 
-Prints a row a variant: mean Pearson over the 250 genes of highest mean / the 50 most variable within sections, both chosen on
-the training sections. Within: leave one section out over C2-C5, a known patient. Across: trained on C2-C5 and tested on
-A1 and A2, and the other way round; two folds, confounded with resolution (C 0.69, A 3.2 µm/px). Each row is given for
-two settings, (penalty 1, rank 8) and (penalty 3, rank 3), which nothing here has chosen.
+Prints a row for each variant and setting (penalty, rank), which nothing here has chosen: mean Pearson over the 250 genes of
+highest mean / the 50 most variable within sections, both chosen on the training sections. Within: one section of C2-C5 held
+out, the others in training, a known patient. A, B4, C: trained on the other two patients, mean over the sections of the one
+held out (C and B4 have 0.69 µm/px, A has 3.2). Given depth: the same, partial on a cubic in log counts.
 
-Features are encoded where they are not in the cache: about 25 spots a second and core for each symmetry of three windows.
+Features are encoded where they are not in the cache: about 25 spots a second and core.
 """
 
 import argparse
@@ -19,10 +19,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import scipy.sparse
 import torch
 import torch.nn.functional as F
-from scipy.special import ndtri
-from scipy.stats import rankdata
 from skimage.color import hed_from_rgb, rgb_from_hed
 
 import he2gene_sc as hg
@@ -37,20 +36,23 @@ from he2gene_sc.tl._train.fit import _COLOUR_SHARE, _SYMMETRIES
 from he2gene_sc.tl._train.measured import join, read_sections
 from he2gene_sc.tl._train.options import WINDOWS_UM, TrainingKeys
 from he2gene_sc.training import Recipe, feature_weights
-from he2gene_sc.training._closed_form.heads import embed, fit_basis, fit_sums
+from he2gene_sc.training._closed_form.heads import embed, find_rings, fit_basis, fit_sums
 from he2gene_sc.training._closed_form.validate import panels
+from he2gene_sc.training._held_out import Depth
 
-C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
-#: Penalty and rank (None: full).
-SETTINGS = [(1.0, 8), (3.0, 3)]
+NAMES = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
+C = NAMES[3:]
+#: Tested sections of each column.
+COLUMNS = {"within": C, "A": NAMES[:2], "B4": NAMES[2:3], "C": C}
+#: Penalty and rank.
+SETTINGS = [(1.0, 3), (1.0, 8), (3.0, 3), (3.0, 8)]
 COARSE_UM = 3.2
-#: What is encoded: encoder, symmetries, number of the stain (None: as it is), whether patches are degraded.
+#: What is encoded: encoder, number of the stain (None: as it is), whether patches are degraded.
 KINDS = {
-    "plain": ("efficientnet-lite0", _SYMMETRIES, None, False),
-    "lite2": ("efficientnet-lite2", _SYMMETRIES[:1], None, False),
-    "coarse": ("efficientnet-lite0", _SYMMETRIES[:1], None, True),
-    "coarse stain": ("efficientnet-lite0", _SYMMETRIES[1:2], 0, True),
-    "stain": ("efficientnet-lite0", _SYMMETRIES[2:3], 0, False),
+    "plain": ("efficientnet-lite0", None, False),
+    "lite2": ("efficientnet-lite2", None, False),
+    "coarse": ("efficientnet-lite0", None, True),
+    "stain": ("efficientnet-lite0", 0, False),
 }
 
 
@@ -95,7 +97,7 @@ def extractor_of(name):
 
 
 def encode(measured, kind, folder):
-    encoder, symmetries, stain, coarse = KINDS[kind]
+    encoder, stain, coarse = KINDS[kind]
     extractor, sha256, _ = extractor_of(encoder)
     slide = measured.slide
     reader = Changed(
@@ -109,7 +111,7 @@ def encode(measured, kind, folder):
         coarse=coarse,
         name=measured.name,
     )
-    how = Encoder(sha256, symmetries, torch.device("cpu"), torch.float32)
+    how = Encoder(sha256, _SYMMETRIES, torch.device("cpu"), torch.float32)
     return cached_features(Part(extractor, reader), how, folder)
 
 
@@ -117,11 +119,11 @@ def read(folder, kinds):
     """Sections by name, without features, and the features of each kind."""
     keys = TrainingKeys("annotation", "patient", "section")
     kept, features = [], {}
-    for name in (*C, *A):
+    for name in NAMES:
         (measured,) = read_sections(hg.datasets.her2st(name), keys, {})
         for kind in kinds:
             # A is coarse as it is.
-            if not (KINDS[kind][3] and name in A):
+            if not (KINDS[kind][2] and name in COLUMNS["A"]):
                 features[name, kind] = encode(measured, kind, folder)
                 print(f"{name}: {kind} {features[name, kind].shape}", flush=True)
         kept.append(measured.release())
@@ -133,7 +135,8 @@ def read(folder, kinds):
         hg.GeneSelection(missing_genes_are_zero=True),
         hg.Classes(ignore=()),
     )
-    return {section.name: section for section in sections}, features
+    find_rings(sections, (Context(),))
+    return dict(zip(NAMES, sections, strict=True)), features
 
 
 # What a variant is made of: the views it is trained on, the one it is tested on, and the weights of its features.
@@ -150,30 +153,27 @@ def colour_weights(share=1.0):
 
 
 def side_by_side(features, name):
-    """Lite0 and Lite2 of the same view; the colours stand behind both."""
+    """Lite0 and Lite2; the colours stand behind both."""
     n = N_COLOUR * len(WINDOWS_UM)
-    lite0, lite2 = (features[name, kind][:, :1] for kind in ("plain", "lite2"))
+    lite0, lite2 = (features[name, kind] for kind in ("plain", "lite2"))
     return np.concatenate([lite0[..., :-n], lite2[..., :-n], lite0[..., -n:]], axis=2)
 
 
 def views(*kinds):
     """Train on these kinds side by side; A has no degraded copies."""
     return lambda features, name: np.concatenate(
-        [features[name, kind] for kind in kinds if not (KINDS[kind][3] and name in A)], axis=1
+        [features[name, kind] for kind in kinds if (name, kind) in features], axis=1
     )
-
-
-def first(kind):
-    return lambda features, name: features[name, kind if (name, kind) in features else "plain"][:, :1]
 
 
 def colour_alone(features, name):
     return np.array(features[name, "plain"][:, :1, -N_COLOUR * len(WINDOWS_UM) :])
 
 
-def normal_scores(features):
-    """Ranks of each feature within the slide, as quantiles of the normal distribution."""
-    return ndtri((rankdata(features, axis=0) - 0.5) / len(features)).astype(np.float32)
+def with_features(section, features):
+    changed = replace(section, features=features)
+    changed.rings.update(section.rings)
+    return changed
 
 
 def smoothed(section):
@@ -182,31 +182,33 @@ def smoothed(section):
     return replace(section, targets=(0.5 * section.targets + 0.5 * (ring @ section.targets)).tocsc().astype(np.float32))
 
 
+def without_depth(section):
+    """A section whose targets are residuals of a regression on depth."""
+    targets = Depth.fit(section.totals, np.zeros(len(section))).residual(section.targets.toarray())
+    return replace(section, targets=scipy.sparse.csc_array(targets.astype(np.float32)))
+
+
 class Variant:
-    def __init__(self, train, test, weights, *, context=None, matched=False, targets=None, **sizes):
-        self.train, self.test, self.weights, self.matched, self.targets = train, test, weights, matched, targets
+    def __init__(self, train, weights, *, test=None, context=None, targets=None, **sizes):
+        self.train, self.test, self.weights, self.targets = train, test or train, weights, targets
         self.recipe = {"context": context or Context(), **sizes}
 
     def predict(self, sections, features, train, tests):
         """Held-out predictions of the target and the variable genes, by setting and test."""
         recipe = Recipe(self.weights(), **self.recipe)
-        chosen = [replace(sections[name], features=self.train(features, name)) for name in train]
+        chosen = [with_features(sections[name], self.train(features, name)) for name in train]
         rows = [np.ones(len(section), bool) for section in chosen]
         basis = fit_basis(chosen, rows, recipe)
         learned = chosen if self.targets is None else [self.targets(section) for section in chosen]
         sums = fit_sums(learned, rows, basis, recipe.power)
         genes = np.concatenate(panels(chosen, rows, 250))
-        spread = np.sqrt(np.mean([embed(section, basis).var(0) for section in chosen], axis=0))
         found = {}
-        for setting in SETTINGS:
-            weight = sums.ridge(*setting)[:, genes]
-            for name in tests:
-                section = replace(sections[name], features=self.test(features, name))
-                embedding = embed(section, basis)
-                if self.matched:
-                    n, own = len(embedding), embedding.var(0)
-                    embedding = embedding * spread / np.sqrt((n * own + 20 * spread**2) / (n + 20))
-                found[setting, name] = np.maximum(embedding @ weight + sums.mean[genes], 0)
+        for name in tests:
+            embedding = embed(with_features(sections[name], self.test(features, name)[:, :1]), basis)
+            for setting in SETTINGS:
+                found[setting, name] = embedding @ sums.ridge(*setting)[:, genes]
+                if self.targets is not without_depth:
+                    found[setting, name] = np.maximum(found[setting, name] + sums.mean[genes], 0)
         return genes, found
 
 
@@ -221,8 +223,8 @@ class Mean:
         return genes[0], {key: np.mean([part[key] for part in found], axis=0) for key in found[0]}
 
 
-class Blend:
-    """The mean of what a variant predicts with the two settings."""
+class Ensemble:
+    """The mean of what a variant predicts with all settings."""
 
     def __init__(self, variant):
         self.variant = variant
@@ -230,61 +232,43 @@ class Blend:
     def predict(self, *arguments):
         genes, found = self.variant.predict(*arguments)
         names = {name for _, name in found}
-        return genes, {(SETTINGS[0], name): np.mean([found[s, name] for s in SETTINGS], axis=0) for name in names}
+        return genes, {("all", name): np.mean([found[s, name] for s in SETTINGS], axis=0) for name in names}
 
 
 PLAIN = views("plain")
-DEFAULT = Variant(PLAIN, first("plain"), weights)
-COLOUR = Variant(colour_alone, colour_alone, colour_weights, n_latent=64)
-ONE = Variant(first("plain"), first("plain"), weights)
-LITE2 = Variant(views("lite2"), first("lite2"), lambda: weights(("efficientnet-lite2",)))
-BOTH = Variant(side_by_side, side_by_side, lambda: weights(("efficientnet-lite0", "efficientnet-lite2")))
+DEFAULT = Variant(PLAIN, weights)
+COLOUR = Variant(colour_alone, colour_weights, n_latent=64)
+LITE2 = Variant(views("lite2"), lambda: weights(("efficientnet-lite2",)))
+RINGS, RING_WEIGHTS = Context().rings_um, Context().weights
 VARIANTS = {
     "default": DEFAULT,
-    "default, mean of both settings": Blend(DEFAULT),
+    "mean of all settings": Ensemble(DEFAULT),
+    "one ring": Variant(PLAIN, weights, context=Context(RINGS[:1], RING_WEIGHTS[:1])),
+    "one ring, weight 2": Variant(PLAIN, weights, context=Context(RINGS[:1], (2.0,))),
+    "rings of twice the weight": Variant(PLAIN, weights, context=Context(RINGS, tuple(2 * w for w in RING_WEIGHTS))),
     "colour with rings": COLOUR,
     "mean of default and colour": Mean(DEFAULT, COLOUR),
-    "colour share 1": Variant(PLAIN, first("plain"), lambda: weights(colour=1.0)),
-    "colour share 4": Variant(PLAIN, first("plain"), lambda: weights(colour=4.0)),
-    "features as ranks within the slide": Variant(
-        lambda features, name: normal_scores(features[name, "plain"]),
-        lambda features, name: normal_scores(features[name, "plain"][:, :1]),
-        weights,
+    "colour share 1": Variant(PLAIN, lambda: weights(colour=1.0)),
+    "stained copies": Variant(views("plain", "stain"), weights, test=PLAIN),
+    "degraded copies": Variant(views("plain", "coarse"), weights, test=PLAIN),
+    "degraded and stained copies": Variant(views("plain", "coarse", "stain"), weights, test=PLAIN),
+    "Lite2": LITE2,
+    "Lite0 and Lite2 side by side": Variant(
+        side_by_side, lambda: weights(("efficientnet-lite0", "efficientnet-lite2"))
     ),
-    "embedding's SD matched to training": Variant(PLAIN, first("plain"), weights, matched=True),
-    "targets smoothed over neighbours": Variant(PLAIN, first("plain"), weights, targets=smoothed),
-    "32 components": Variant(PLAIN, first("plain"), weights, n_components=32, n_latent=32),
-    "rings off the grid, 650 and 950": Variant(
-        PLAIN,
-        first("plain"),
-        weights,
-        context=Context(((50.0, 350.0), (350.0, 650.0), (650.0, 950.0)), (0.7, 0.5, 0.3)),
-    ),
-    "wider rings, to 1500": Variant(
-        PLAIN,
-        first("plain"),
-        weights,
-        context=Context(((50.0, 350.0), (350.0, 650.0), (650.0, 950.0), (950.0, 1550.0)), (0.7, 0.5, 0.3, 0.3)),
-    ),
-    "default, one view": ONE,
-    "Lite2, one view": LITE2,
-    "Lite0 and Lite2 side by side, one view": BOTH,
-    "mean of Lite0 and Lite2, one view": Mean(ONE, LITE2),
-    "mean of default, Lite2 and colour": Mean(DEFAULT, LITE2, COLOUR),
-    "degraded copies": Variant(views("plain", "coarse"), first("plain"), weights),
-    "degraded copies, tested degraded": Variant(views("plain", "coarse"), first("coarse"), weights),
-    "tested degraded": Variant(PLAIN, first("coarse"), weights),
-    "stained copies": Variant(views("plain", "stain"), first("plain"), weights),
-    "degraded and stained copies": Variant(views("plain", "coarse", "coarse stain", "stain"), first("plain"), weights),
-    "degraded and stained copies, mean with colour": Mean(
-        Variant(views("plain", "coarse", "coarse stain", "stain"), first("plain"), weights), COLOUR
-    ),
+    "mean of Lite0 and Lite2": Mean(DEFAULT, LITE2),
+    "targets smoothed over neighbours": Variant(PLAIN, weights, targets=smoothed),
+    "targets without depth": Variant(PLAIN, weights, targets=without_depth),
+    "32 components": Variant(PLAIN, weights, n_components=32, n_latent=32),
 }
 
 
 def score(predicted, section, genes):
-    r = np.nan_to_num(pearson(predicted, section.dense(genes)))
-    return r[:250].mean(), r[250:].mean()
+    """Mean correlation of both panels, then the same given depth."""
+    measured = section.dense(genes)
+    depth = Depth.fit(section.totals, np.zeros(len(section)))
+    found = pearson(predicted, measured), depth.partial(predicted, measured)
+    return np.array([np.nan_to_num(r)[genes].mean() for r in found for genes in (slice(250), slice(250, None))])
 
 
 def main():
@@ -302,27 +286,26 @@ def main():
 
 
 def compare(sections, features, variants):
-    folds = [("within", [n for n in C if n != test], [test]) for test in C] + [("across", C, A), ("across", A, C)]
-    names = (*C, *A, *C)
-    print(f"| variant | penalty, rank | within, mean | {' | '.join(names)} |\n|{'---|' * (len(names) + 3)}")
+    folds = [("within", [n for n in C if n != test], [test]) for test in C]
+    folds += [(column, [n for n in NAMES if n not in COLUMNS[column]], COLUMNS[column]) for column in ("A", "B4", "C")]
+    titles = [f"{column}{given}" for given in ("", ", given depth") for column in COLUMNS]
+    print(f"| variant | penalty, rank | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 2)}")
     for title in variants:
+        found = {}
         try:
-            found = [
-                (part, *VARIANTS[title].predict(sections, features, train, tests), tests)
-                for part, train, tests in folds
-            ]
+            for column, train, tests in folds:
+                genes, predicted = VARIANTS[title].predict(sections, features, train, tests)
+                for (setting, name), values in predicted.items():
+                    found.setdefault((setting, column), []).append(score(values, sections[name], genes))
         except KeyError as error:
             print(f"{title}: {error} was not encoded")
             continue
-        settings = [setting for setting in SETTINGS if (setting, C[0]) in found[0][2]]
-        for setting in settings:
-            values = [
-                score(predicted[setting, name], sections[name], genes)
-                for _, genes, predicted, tests in found
-                for name in tests
+        for setting in dict.fromkeys(setting for setting, _ in found):
+            means = np.stack([np.mean(found[setting, column], axis=0) for column in COLUMNS])
+            cells = [
+                f"{target:.3f} / {variable:.3f}" for part in (means[:, :2], means[:, 2:]) for target, variable in part
             ]
-            cells = [f"{target:.3f} / {variable:.3f}" for target, variable in [np.mean(values[:4], axis=0), *values]]
-            name = f"{setting[0]:g}, {setting[1]}" if len(settings) > 1 else "both"
+            name = setting if setting == "all" else f"{setting[0]:g}, {setting[1]}"
             print(f"| {title} | {name} | {' | '.join(cells)} |", flush=True)
 
 
