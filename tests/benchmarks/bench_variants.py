@@ -22,7 +22,8 @@ import numpy as np
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from skimage.color import hed_from_rgb, rgb_from_hed
+from scipy.special import softmax
+from skimage.color import hed_from_rgb, hsv2rgb, rgb2hsv, rgb_from_hed
 
 import he2gene_sc as hg
 from he2gene_sc.image import PatchBatch, PatchReader
@@ -31,11 +32,12 @@ from he2gene_sc.models._embedding import N_COLOUR, Context, rings_of
 from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
 from he2gene_sc.models._network import FeatureExtractor
-from he2gene_sc.stats import pearson
+from he2gene_sc.stats import calibration_error, pearson
 from he2gene_sc.tl._train.fit import _COLOUR_SHARE, _SYMMETRIES
 from he2gene_sc.tl._train.measured import join, read_sections
 from he2gene_sc.tl._train.options import WINDOWS_UM, TrainingKeys
 from he2gene_sc.training import Recipe, feature_weights
+from he2gene_sc.training._closed_form import annotation
 from he2gene_sc.training._closed_form.heads import embed, find_rings, fit_basis, fit_sums
 from he2gene_sc.training._closed_form.validate import panels
 from he2gene_sc.training._held_out import Depth
@@ -47,42 +49,87 @@ COLUMNS = {"within": C, "A": NAMES[:2], "B4": NAMES[2:3], "C": C}
 #: Penalty and rank.
 SETTINGS = [(1.0, 3), (1.0, 8), (3.0, 3), (3.0, 8)]
 COARSE_UM = 3.2
-#: What is encoded: encoder, number of the stain (None: as it is), whether patches are degraded.
+#: Sections whose colours are altered in tests of the annotation.
+TESTED = ("B4", "C5")
+
+
+def density(patches):
+    return -torch.log((patches.float() + 1) / 256)
+
+
+def pixels(density):
+    return (256 * torch.exp(-density) - 1).round().clamp(0, 255).to(torch.uint8)
+
+
+def degraded(patches, window, name):
+    side = round(window.um / COARSE_UM)
+    return F.interpolate(patches, size=(side, side), mode="bilinear", antialias=True)
+
+
+def restained(patches, strengths, shift):
+    """Patches with other strengths of the stains, and the light of another lamp."""
+    mixed = torch.from_numpy((hed_from_rgb @ np.diag(strengths) @ rgb_from_hed).astype(np.float32))
+    changed = torch.einsum("bcyx,cd->bdyx", density(patches), mixed)
+    return pixels(changed + torch.from_numpy(shift.astype(np.float32))[:, None, None])
+
+
+def stained(patches, window, name):
+    rng = np.random.default_rng([0, zlib.crc32(name.encode())])
+    return restained(patches, np.exp(rng.normal(0, 0.25, 3)), rng.normal(0, 0.04, 3))
+
+
+def turned(turn):
+    def change(patches, window, name):
+        hsv = rgb2hsv(np.moveaxis(patches.numpy(), 1, -1))
+        hsv[..., 0] = (hsv[..., 0] + turn) % 1
+        return torch.from_numpy(np.moveaxis((hsv2rgb(hsv) * 255).round().astype(np.uint8), -1, 1).copy())
+
+    return change
+
+
+def recoloured(patches, window, name):
+    """One draw for a section: all stains weaker or stronger, each a little more, another lamp, another hue."""
+    rng = np.random.default_rng([0, zlib.crc32(name.encode()), 7])
+    strengths = np.exp(rng.uniform(np.log(0.4), np.log(1.5))) * np.exp(rng.normal(0, 0.2, 3))
+    changed = restained(patches, strengths, rng.normal(0, 0.05, 3))
+    return turned(rng.uniform(-0.06, 0.06))(changed, window, name)
+
+
+#: What is encoded: encoder and change of the patches.
 KINDS = {
-    "plain": ("efficientnet-lite0", None, False),
-    "lite2": ("efficientnet-lite2", None, False),
-    "coarse": ("efficientnet-lite0", None, True),
-    "stain": ("efficientnet-lite0", 0, False),
+    "plain": ("efficientnet-lite0", None),
+    "lite2": ("efficientnet-lite2", None),
+    "coarse": ("efficientnet-lite0", degraded),
+    "stain": ("efficientnet-lite0", stained),
+    "recoloured": ("efficientnet-lite0", recoloured),
 }
+#: Alterations of the tested slides B4 and C5.
+ALTERED = {
+    "gamma 0.4": lambda patches, *_: (255 * (patches.float() / 255) ** 0.4).to(torch.uint8),
+    "gamma 1.6": lambda patches, *_: (255 * (patches.float() / 255) ** 1.6).to(torch.uint8),
+    "half the density": lambda patches, *_: pixels(0.5 * density(patches)),
+    "1.5 times the density": lambda patches, *_: pixels(1.5 * density(patches)),
+    "hue +0.1": turned(0.1),
+    "hue -0.1": turned(-0.1),
+}
+KINDS |= {name: ("efficientnet-lite0", change) for name, change in ALTERED.items()}
 
 
 class Changed(PatchReader):
-    """A reader whose patches are recoloured, the same for a section, or degraded."""
+    """A reader whose patches are changed."""
 
-    def __init__(self, *arguments, stain, coarse, name, **options):
+    def __init__(self, *arguments, change, name, **options):
         super().__init__(*arguments, **options)
-        self.coarse, self.stain = coarse, None
-        if stain is not None:
-            rng = np.random.default_rng([stain, zlib.crc32(name.encode())])
-            # Each stain stronger or weaker, and the light of another lamp.
-            mixed = hed_from_rgb @ np.diag(np.exp(rng.normal(0, 0.25, 3))) @ rgb_from_hed
-            self.stain = mixed.astype(np.float32), rng.normal(0, 0.04, 3).astype(np.float32)
+        self.change = change or (lambda patches, window, name: patches), name
 
     def read_batches(self, numbers):
+        change, name = self.change
         for batch in super().read_batches(numbers):
-            yield PatchBatch(batch.index, tuple(map(self._change, batch.patches, self.plan.windows)))
-
-    def _change(self, patches, window):
-        x = torch.from_numpy(patches)
-        if self.coarse:
-            side = round(window.um / COARSE_UM)
-            x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True)
-        if self.stain is not None:
-            mixed, shift = (torch.from_numpy(array) for array in self.stain)
-            density = -torch.log((x.float() + 1) / 256)
-            density = torch.einsum("bcyx,cd->bdyx", density, mixed) + shift[:, None, None]
-            x = (256 * torch.exp(-density) - 1).round().clamp(0, 255).to(torch.uint8)
-        return x.numpy()
+            changed = (
+                change(torch.from_numpy(patches), window, name).numpy()
+                for patches, window in zip(batch.patches, self.plan.windows, strict=True)
+            )
+            yield PatchBatch(batch.index, tuple(changed))
 
 
 @cache
@@ -97,7 +144,7 @@ def extractor_of(name):
 
 
 def encode(measured, kind, folder):
-    encoder, stain, coarse = KINDS[kind]
+    encoder, change = KINDS[kind]
     extractor, sha256, _ = extractor_of(encoder)
     slide = measured.slide
     reader = Changed(
@@ -107,8 +154,7 @@ def encode(measured, kind, folder):
         windows_um=WINDOWS_UM,
         input_px=extractor.input_px,
         factor=slide.pixel_factor,
-        stain=stain,
-        coarse=coarse,
+        change=change,
         name=measured.name,
     )
     how = Encoder(sha256, _SYMMETRIES, torch.device("cpu"), torch.float32)
@@ -123,7 +169,7 @@ def read(folder, kinds):
         (measured,) = read_sections(hg.datasets.her2st(name), keys, {})
         for kind in kinds:
             # A is coarse as it is.
-            if not (KINDS[kind][2] and name in COLUMNS["A"]):
+            if not (kind == "coarse" and name in COLUMNS["A"]) and not (kind in ALTERED and name not in TESTED):
                 features[name, kind] = encode(measured, kind, folder)
                 print(f"{name}: {kind} {features[name, kind].shape}", flush=True)
         kept.append(measured.release())
@@ -133,9 +179,9 @@ def read(folder, kinds):
         kept,
         [np.empty((len(s.centres), 0, 0)) for s in kept],
         hg.GeneSelection(missing_genes_are_zero=True),
-        hg.Classes(ignore=()),
+        hg.Classes(ignore=("undetermined", "breast glands")),
     )
-    find_rings(sections, (Context(),))
+    find_rings(sections, (Context(), annotation.ANNOTATION_CONTEXT))
     return dict(zip(NAMES, sections, strict=True)), features
 
 
@@ -271,18 +317,63 @@ def score(predicted, section, genes):
     return np.array([np.nan_to_num(r)[genes].mean() for r in found for genes in (slice(250), slice(250, None))])
 
 
+def annotate(sections, features):
+    a, b4, c, c5 = COLUMNS["A"], COLUMNS["B4"], COLUMNS["C"], ("C5",)
+    cells = {  # held out, tested, kinds of features that are tested
+        "A1": (a, ("A1",), ("plain",)),
+        "A2": (a, ("A2",), ("plain",)),
+        "B4": (b4, b4, ("plain",)),
+        "C2-C5": (c, c, ("plain",)),
+        "C5, known": (c5, c5, ("plain",)),
+        "B4, altered": (b4, b4, ALTERED),
+        "C5, altered": (c, c5, ALTERED),
+        "C5, known, altered": (c5, c5, ALTERED),
+    }
+    n_classes = 1 + max(int(section.codes.max()) for section in sections.values())
+    print(f"| trained on | colour | C | {' | '.join(cells)} |\n|{'---|' * (len(cells) + 3)}")
+    for kinds in (("plain",), ("plain", "recoloured")):
+        for colour in (1.0, 2.0, 4.0, 8.0):
+            for annotation.STRENGTH in (0.01, 0.03, 0.1):
+                heads = {}
+                for held_out in {held_out for held_out, _, _ in cells.values()}:
+                    train = [name for name in NAMES if name not in held_out]
+                    chosen = [with_features(sections[name], views(*kinds)(features, name)) for name in train]
+                    rows = [np.ones(len(section), bool) for section in chosen]
+                    heads[held_out] = annotation.fit_annotation(chosen, rows, weights(colour=colour), n_classes)
+                row = []
+                for held_out, tests, tested in cells.values():
+                    pairs = [with_features(sections[name], features[name, kind]) for name in tests for kind in tested]
+                    row.append(np.mean([agreement(heads[held_out].logits(x), x.codes) for x in pairs], axis=0))
+                texts = [f"{balanced:.2f} ({accuracy:.2f}, {error:.2f})" for balanced, accuracy, error in row]
+                print(
+                    f"| {' and '.join(kinds)} | {colour:g} | {annotation.STRENGTH} | {' | '.join(texts)} |", flush=True
+                )
+
+
+def agreement(logits, codes):
+    """Balanced accuracy, accuracy and calibration error of the spots with labels."""
+    logits, codes = logits[codes >= 0], codes[codes >= 0]
+    hits = logits.argmax(1) == codes
+    balanced = np.mean([hits[codes == code].mean() for code in np.unique(codes)])
+    return balanced, hits.mean(), calibration_error(softmax(logits, axis=1), codes)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", help=f"of {list(VARIANTS)}; default: all that --encode allows")
     parser.add_argument("--cache", type=Path, required=True, help="folder for the encoder's features")
-    parser.add_argument("--encode", nargs="+", default=list(KINDS), choices=KINDS, help="features to use")
+    parser.add_argument("--encode", nargs="+", choices=KINDS, help="features to use; default: all that are needed")
+    parser.add_argument("--annotation", action="store_true", help="the variants of the annotation instead")
     parser.add_argument("--settings", nargs="+", help="penalty,rank pairs to use instead, e.g. 0.3,8 1,none")
     arguments = parser.parse_args()
     if arguments.settings:
         pairs = (pair.split(",") for pair in arguments.settings)
         SETTINGS[:] = [(float(penalty), None if rank == "none" else int(rank)) for penalty, rank in pairs]
     warnings.simplefilter("ignore")
-    compare(*read(arguments.cache, arguments.encode), arguments.variants or VARIANTS)
+    if arguments.annotation:
+        annotate(*read(arguments.cache, ["plain", "recoloured", *ALTERED]))
+    else:
+        compare(*read(arguments.cache, arguments.encode or list(KINDS)[:4]), arguments.variants or VARIANTS)
 
 
 def compare(sections, features, variants):
