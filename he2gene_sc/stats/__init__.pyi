@@ -37,13 +37,14 @@ from ._counts import (
     library_factors,
     variance_components,
 )
-from ._domains import AGREEMENT, agreement, chaos, enrichment_agreement, match, pas, silhouette
+from ._domains import agreement, chaos, enrichment_agreement, match, pas, silhouette
 from ._mixed import mixed_model
 from ._ppi import MIN_PVALUES, PredictionPowered, prediction_powered_mean
-from ._prior import VariancePrior, hypervariable_prior
 from ._pseudobulk import (
     SampleTest,
+    VariancePrior,
     depth_followed,
+    hypervariable_prior,
     paired_moderated_t,
     predictive_t,
     squeeze_variance,
@@ -57,7 +58,6 @@ from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, s
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 
 __all__ = [
-    "AGREEMENT",
     "Adapted",
     "CANDIDATES",
     "ClassScores",

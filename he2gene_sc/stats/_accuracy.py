@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.sparse
 
-from ._blocks import column_blocks
-
 TARGET_SUM = 1e4
+#: Values per block of genes: 4 MB in double precision, which fits into a processor cache.
+_BLOCK_SIZE = 2**19
 #: Spots times genes of a block in :func:`noise_ceiling`.
 _SPLIT = 2**22
 
@@ -24,15 +24,29 @@ def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmat
     return np.log1p(TARGET_SUM * dense / np.where(total > 0, total, 1)).astype(np.float32)
 
 
+def column_blocks(shape: tuple[int, int], size: int = _BLOCK_SIZE) -> Iterator[slice]:
+    """Yield slices of the columns of an ``(n, g)`` array with about ``size`` values each."""
+    n, g = shape
+    step = max(1, size // max(1, n))
+    for start in range(0, g, step):
+        yield slice(start, min(g, start + step))
+
+
 def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Pearson correlation ``(g,)`` of each column of two ``(n, g)`` arrays; NaN where one of them is constant."""
+    aa, ab, bb = _products(a, b)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return ab / np.sqrt(aa * bb)
+
+
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return sums ``(3, g)`` of a², a b and b² of centred columns; NaN where one of them is constant."""
     a, b = np.asarray(a), np.asarray(b)
-    result = np.empty(a.shape[1])
+    result = np.empty((3, a.shape[1]))
     for block in column_blocks(a.shape):
         (x, x_varies), (y, y_varies) = centre_columns(a[:, block]), centre_columns(b[:, block])
-        size = np.sqrt(np.einsum("ij,ij->j", x, x) * np.einsum("ij,ij->j", y, y))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[block] = np.where(x_varies & y_varies, np.einsum("ij,ij->j", x, y) / size, np.nan)
+        sums = [np.einsum("ij,ij->j", *pair) for pair in ((x, x), (x, y), (y, y))]
+        result[:, block] = np.where(x_varies & y_varies, sums, np.nan)
     return result
 
 
@@ -130,18 +144,14 @@ def _ranks(x: np.ndarray) -> np.ndarray:
 
 def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Return the SD of the prediction divided by that of the measurement; NaN if either is constant."""
-    (p, p_varies), (m, m_varies) = centre_columns(predicted), centre_columns(measured)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.sqrt(np.einsum("ij,ij->j", p, p) / np.einsum("ij,ij->j", m, m))
-    return np.where(p_varies & m_varies, ratio, np.nan)
+    of_predicted, _, of_measured = _products(predicted, measured)
+    return np.sqrt(of_predicted / of_measured)
 
 
 def slope(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Slope ``(g,)`` of measured on predicted: below 1 if the prediction exaggerates; NaN if either is constant."""
-    (p, p_varies), (m, m_varies) = centre_columns(predicted), centre_columns(measured)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        slopes = np.einsum("ij,ij->j", p, m) / np.einsum("ij,ij->j", p, p)
-    return np.where(p_varies & m_varies, slopes, np.nan)
+    of_predicted, shared, _ = _products(predicted, measured)
+    return shared / of_predicted
 
 
 def ranking_agreement(
@@ -159,7 +169,8 @@ def ranking_agreement(
     measured-significant genes by absolute predicted score; ``precision_at_<k>``, the share of the top k
     predicted genes among the top k measured genes, and ``chance_at_<k>``, k / g.
     """
-    from scipy import stats
+    from scipy.stats import spearmanr
+    from sklearn.metrics import roc_auc_score
 
     predicted, measured = np.asarray(predicted, float), np.asarray(measured, float)
     significant = np.asarray(significant, bool)
@@ -167,10 +178,10 @@ def ranking_agreement(
     same = np.sign(predicted) == np.sign(measured)
     varies = n > 2 and np.ptp(predicted) > 0 and np.ptp(measured) > 0
     out = {
-        "spearman": float(stats.spearmanr(predicted, measured).statistic) if varies else np.nan,
+        "spearman": float(spearmanr(predicted, measured).statistic) if varies else np.nan,
         "sign_agreement": float(same.mean()) if n else np.nan,
         "sign_agreement_significant": float(same[significant].mean()) if significant.any() else np.nan,
-        "auroc": _auroc(np.abs(predicted_scores), significant),
+        "auroc": float(roc_auc_score(significant, np.abs(predicted_scores))) if 0 < significant.sum() < n else np.nan,
     }
     for length in k:
         fits = n >= length
@@ -178,9 +189,3 @@ def ranking_agreement(
         out[f"precision_at_{length}"] = len(tops[0] & tops[1]) / length if fits else np.nan
         out[f"chance_at_{length}"] = length / n if fits else np.nan
     return out
-
-
-def _auroc(score: np.ndarray, positive: np.ndarray) -> float:
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(positive, score)) if 0 < positive.sum() < len(positive) else np.nan

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from ._smoothers import kriging, matched_folds, ridge
 from ._stack import stack
@@ -67,8 +69,6 @@ def adapt(
     (``level_share``), since a varying correction would create a pattern. Genes measured at fewer than ten spots are not
     changed; genes measured at no spot are corrected by the other genes.
     """
-    from scipy.spatial import cKDTree
-
     pitch = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
     xy = xy / (pitch if pitch > 0 else 1)
     known = np.isfinite(measured)
@@ -88,13 +88,14 @@ def adapt(
         raise ValueError(
             f"`measured`: genes are measured on {sets.shape[1]} different sets of spots, at most {MAX_SETS} are supported"
         )
+    section = _Section(result, predicted, residual, loadings, xy, embedding, features, classes, seed)
     for i in range(sets.shape[1]):
         genes = np.flatnonzero(member.ravel() == i)
         spots = known[:, genes[0]]
         if spots.sum() >= MIN_SPOTS:
-            _Group(result, predicted, residual, loadings, xy, embedding, features, classes, spots, genes, seed).fit()
+            section.correct(genes, spots)
         elif not spots.any():
-            _correct_unmeasured(result, predicted, residual, loadings, xy, genes, seed)
+            section.correct_unmeasured(genes)
     np.maximum(result.expression, 0, out=result.expression)
     with np.errstate(invalid="ignore"):
         result.support[:] /= np.isfinite(result.reach).sum()
@@ -111,149 +112,6 @@ def _directions(predicted: np.ndarray) -> np.ndarray:
     return ((centred.T @ vectors[:, order]) / np.sqrt(values[order])).astype(np.float32)
 
 
-def _scores(residual: np.ndarray, loadings: np.ndarray, hidden: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """Scores ``(n, k)`` of the residuals of each spot along the directions, from its measured genes; NaN without any.
-
-    ``hidden``: spots and genes that are treated as not measured.
-    """
-    k = loadings.shape[1]
-    values = residual
-    if hidden is not None:
-        values = residual.copy()
-        values[np.ix_(*hidden)] = np.nan
-    known = np.isfinite(values)
-    scores = np.full((len(values), k), np.nan)
-    whole = known.all(1)
-    scores[whole] = values[whole] @ loadings / (1 + _SCORE_PENALTY)
-    for i in np.flatnonzero(known.any(1) & ~whole):
-        part = loadings[known[i]].astype(float)
-        scores[i] = np.linalg.solve(part.T @ part + _SCORE_PENALTY * np.eye(k), part.T @ values[i, known[i]])
-    return scores
-
-
-@dataclass
-class _Group:
-    """Genes measured on the same spots."""
-
-    result: Adapted
-    predicted: np.ndarray
-    residual: np.ndarray
-    loadings: np.ndarray
-    xy: np.ndarray
-    embedding: np.ndarray | None
-    features: list[np.ndarray]
-    classes: np.ndarray | None
-    spots: np.ndarray
-    genes: np.ndarray
-    seed: int
-
-    def fit(self) -> None:
-        """Correct these genes and fill in the results."""
-        at = np.flatnonzero(self.spots)
-        folds = matched_folds(self.xy, self.spots, seed=self.seed)
-        splits = [(at[folds != f], at[folds == f], f) for f in np.unique(folds)]
-        scored = [_scores(self.residual, self.loadings, (held, self.genes)) for _, held, _ in splits]
-        varied = self.residual[np.ix_(self.spots, self.genes)] + self.predicted[np.ix_(self.spots, self.genes)]
-        some = self.genes[np.argsort(-varied.var(0), kind="stable")[:_TUNING_GENES]]
-        chosen = self._choose(splits, scored, some)
-        by_mean = self.genes[np.argsort(-varied.mean(0), kind="stable")]
-        left = [self._smoothers(*split[:2], score, chosen) for split, score in zip(splits, scored, strict=True)]
-        everywhere = np.arange(len(self.xy))
-        final = self._smoothers(at, everywhere, _scores(self.residual, self.loadings, None), chosen)
-        near = support(self.xy, self.spots, folds, self.features, self.classes, seed=self.seed)
-        self.result.support[:] += len(self.genes) * near
-        level = np.where(self.spots, 1, level_share(near, self.spots))
-        applied = np.minimum(near, level)
-        gain = 2 * applied - applied**2
-        self.result.reach[self.genes] = gain[~self.spots].mean() if len(at) < len(near) else 1.0
-        blocks = evidence_blocks(self.xy[at], self.seed)
-        for start in range(0, len(by_mean), _BLOCK):
-            genes = by_mean[start : start + _BLOCK]
-            errors = np.empty((len(CANDIDATES) - 1, len(at), len(genes)), np.float32)
-            for smoothers, (known, held, f) in zip(left, splits, strict=True):
-                measured = self.predicted[np.ix_(held, genes)] + self.residual[np.ix_(held, genes)]
-                errors[:, folds == f] = measured - self._candidates(smoothers, known, held, genes)
-            weights, residuals = stack(errors, folds)
-            before = self.residual[np.ix_(at, genes)]
-            share = self._confirmed_share(before, residuals, blocks)
-            self.result.weights[genes, :-1], self.result.weights[genes, -1] = share.max() * weights, 1 - share.max()
-            self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
-            values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
-            old = self.predicted[:, genes]
-            change = values - old
-            offset = change[at].mean(0)
-            change = level[:, None] * offset + near[:, None] * (change - offset)
-            self.result.expression[:, genes] = old + share[:, None] * change
-
-    def _confirmed_share(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-        """Share ``(n,)`` of the correction that is applied to each spot."""
-        codes = self.classes
-        share, by_class = confirmed_share(before, after, blocks, None if codes is None else codes[self.spots])
-        shares = np.full(len(self.xy), share)
-        if codes is not None and len(by_class):
-            known = (codes >= 0) & (codes < len(by_class))
-            shares[known] = np.minimum(share, by_class[codes[known]])
-        return shares
-
-    def _smoothers(
-        self, known: np.ndarray, wanted: np.ndarray, scores: np.ndarray, chosen: dict
-    ) -> dict[str, Callable]:
-        """For each candidate, a function from values of mean 0 at the known spots to values at the wanted spots."""
-        smoothers = {name: self._kriging(known, wanted, *chosen[name]) for name in ("kriged", "neighbours")}
-        smoothers["refit"] = self._ridge(known, wanted, chosen["refit"])
-        shared = self._shared(scores, wanted, *chosen["shared"])
-        return {**smoothers, "shared": lambda genes: shared @ self.loadings[genes].T}
-
-    def _kriging(self, known: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float) -> Callable:
-        weights = kriging(self.xy[wanted], self.xy[known], length_scale, noise)
-        return lambda values: weights @ values
-
-    def _ridge(self, known: np.ndarray, wanted: np.ndarray, penalty: float) -> Callable:
-        if self.embedding is None:
-            return lambda values: np.zeros((len(wanted), values.shape[1]), values.dtype)
-        return ridge(self.embedding[wanted], self.embedding[known], penalty)
-
-    def _shared(self, scores: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float) -> np.ndarray:
-        return krige_scores(scores, self.xy, wanted, length_scale, noise)
-
-    def _candidates(self, smoothers: dict, known: np.ndarray, wanted: np.ndarray, genes: np.ndarray) -> np.ndarray:
-        """Return all candidates ``(c, wanted, genes)`` from the known spots."""
-        p = self.predicted[np.ix_(wanted, genes)]
-        r = self.residual[np.ix_(known, genes)]
-        y = r + self.predicted[np.ix_(known, genes)]
-        level, mean = r.mean(0), y.mean(0)
-        values = np.empty((len(CANDIDATES) - 1, *p.shape), np.float32)
-        values[0] = p + _level(r)
-        values[1] = p + level + smoothers["kriged"](r - level)
-        values[2] = p + level + smoothers["shared"](genes)
-        values[3] = p + level + smoothers["refit"](r - level)
-        values[4] = mean
-        values[5] = mean + smoothers["neighbours"](y - mean)
-        return values
-
-    def _choose(self, splits: list, scored: list, genes: np.ndarray) -> dict[str, tuple | float]:
-        """Ranges, noises and penalty with the least squared error on held-out spots; genes scaled by their variance."""
-        r, p = self.residual[:, genes], self.predicted[:, genes]
-        trials: dict[str, dict] = {"kriged": {}, "neighbours": {}, "refit": {}, "shared": {}}
-        scale = (r + p)[self.spots].var(0) + 1e-12
-        for (known, held, _), scores in zip(splits, scored, strict=True):
-            level, mean = r[known].mean(0), (r + p)[known].mean(0)
-            residual, measured = r[known] - level, (r + p)[known] - mean
-            wanted, whole = r[held] - level, (r + p)[held] - mean
-
-            def count(name: str, setting: object, error: np.ndarray) -> None:
-                trials[name][setting] = trials[name].get(setting, 0) + (np.square(error) / scale).sum()
-
-            for setting in _GRID:
-                smooth = self._kriging(known, held, *setting)
-                count("kriged", setting, wanted - smooth(residual))
-                count("neighbours", setting, whole - smooth(measured))
-                count("shared", setting, wanted - self._shared(scores, held, *setting) @ self.loadings[genes].T)
-            for penalty in _PENALTIES:
-                count("refit", penalty, wanted - self._ridge(known, held, penalty)(residual))
-        return {name: min(tried, key=tried.__getitem__) for name, tried in trials.items()}
-
-
 def _level(residual: np.ndarray) -> np.ndarray:
     """Mean ``(g,)`` of the residuals ``(m, g)`` of similar genes; the common and the gene's own part are shrunk by their errors."""
     level = residual.mean(0)
@@ -264,48 +122,168 @@ def _level(residual: np.ndarray) -> np.ndarray:
     return max(0.0, 1 - error / max(common**2, 1e-12)) * common + real / np.maximum(real + chance, 1e-12) * own
 
 
-def krige_scores(
-    scores: np.ndarray, xy: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float
-) -> np.ndarray:
-    """Krige the centred scores ``(n, k)`` of the spots that have scores to the wanted spots."""
-    known = np.isfinite(scores).all(1)
-    if not known.any():
-        return np.zeros((len(wanted), scores.shape[1]))
-    return kriging(xy[wanted], xy[known], length_scale, noise) @ (scores[known] - scores[known].mean(0))
+@dataclass
+class _Section:
+    """Spots of a section, and their corrected prediction, which is filled in."""
 
+    result: Adapted
+    predicted: np.ndarray
+    residual: np.ndarray
+    loadings: np.ndarray
+    xy: np.ndarray
+    embedding: np.ndarray | None
+    features: list[np.ndarray]
+    classes: np.ndarray | None
+    seed: int
 
-def _correct_unmeasured(
-    result: Adapted,
-    predicted: np.ndarray,
-    residual: np.ndarray,
-    loadings: np.ndarray,
-    xy: np.ndarray,
-    genes: np.ndarray,
-    seed: int,
-) -> None:
-    """Correct genes that were measured at no spot by the measured genes, along the directions of the predictions.
+    def correct(self, all_genes: np.ndarray, spots: np.ndarray) -> None:
+        """Correct genes that were measured on the same spots ``(n,)``."""
+        at = np.flatnonzero(spots)
+        folds = matched_folds(self.xy, spots, seed=self.seed)
+        splits = [(at[folds != f], at[folds == f], f) for f in np.unique(folds)]
+        scored = [self._scores(held, all_genes) for _, held, _ in splits]
+        varied = self.residual[np.ix_(spots, all_genes)] + self.predicted[np.ix_(spots, all_genes)]
+        some = all_genes[np.argsort(-varied.var(0), kind="stable")[:_TUNING_GENES]]
+        chosen = self._choose(splits, scored, some, spots)
+        by_mean = all_genes[np.argsort(-varied.mean(0), kind="stable")]
+        left = [self._smoothers(*split[:2], score, chosen) for split, score in zip(splits, scored, strict=True)]
+        everywhere = np.arange(len(self.xy))
+        final = self._smoothers(at, everywhere, self._scores(), chosen)
+        near = support(self.xy, spots, folds, self.features, self.classes, seed=self.seed)
+        self.result.support[:] += len(all_genes) * near
+        level = np.where(spots, 1, level_share(near, spots))
+        applied = np.minimum(near, level)
+        gain = 2 * applied - applied**2
+        self.result.reach[all_genes] = gain[~spots].mean() if len(at) < len(near) else 1.0
+        blocks = evidence_blocks(self.xy[at], self.seed)
+        for start in range(0, len(by_mean), _BLOCK):
+            genes = by_mean[start : start + _BLOCK]
+            errors = np.empty((len(CANDIDATES) - 1, len(at), len(genes)), np.float32)
+            for smoothers, (known, held, f) in zip(left, splits, strict=True):
+                measured = self.predicted[np.ix_(held, genes)] + self.residual[np.ix_(held, genes)]
+                errors[:, folds == f] = measured - self._candidates(smoothers, known, held, genes)
+            weights, residuals = stack(errors, folds)
+            before = self.residual[np.ix_(at, genes)]
+            share = self._confirmed_share(before, residuals, blocks, at)
+            self.result.weights[genes, :-1], self.result.weights[genes, -1] = share.max() * weights, 1 - share.max()
+            self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
+            values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
+            old = self.predicted[:, genes]
+            change = values - old
+            offset = change[at].mean(0)
+            change = level[:, None] * offset + near[:, None] * (change - offset)
+            self.result.expression[:, genes] = old + share[:, None] * change
 
-    Range, noise and one weight minimise the squared error in five folds of measured genes.
-    """
-    seen = np.flatnonzero(np.isfinite(residual).sum(0) >= MIN_SPOTS)
-    if len(seen) < 10:
-        return
-    parts = np.array_split(np.random.default_rng(seed).permutation(seen), 5)
-    hidden = [_scores(residual, loadings, (np.arange(len(xy)), part)) for part in parts]
-    everywhere = np.arange(len(xy))
-    best, weight, setting = 0.0, 0.0, _GRID[0]
-    for trial in _GRID:
-        product = square = base = 0.0
-        for part, scores in zip(parts, hidden, strict=True):
-            r = residual[:, part] - np.nanmean(residual[:, part], axis=0)
-            f = krige_scores(scores, xy, everywhere, *trial) @ loadings[part].T
-            scale = np.nanmean(np.square(r), axis=0) + 1e-12
-            product += np.nansum(r * f / scale)
-            square += np.nansum(np.where(np.isfinite(r), f * f, np.nan) / scale)
-            base += np.nansum(r * r / scale)
-        w = float(np.clip(product / square, 0, 1)) if square > 0 else 0.0
-        gain = (2 * w * product - w * w * square) / base
-        if gain > best:
-            best, weight, setting = gain, w, trial
-    shared = krige_scores(_scores(residual, loadings, None), xy, everywhere, *setting)
-    result.expression[:, genes] += weight * (shared @ loadings[genes].T)
+    def _confirmed_share(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Share ``(n,)`` of the correction that is applied to each spot."""
+        codes = self.classes
+        share, by_class = confirmed_share(before, after, blocks, None if codes is None else codes[at])
+        shares = np.full(len(self.xy), share)
+        if codes is not None and len(by_class):
+            known = (codes >= 0) & (codes < len(by_class))
+            shares[known] = np.minimum(share, by_class[codes[known]])
+        return shares
+
+    def _smoothers(self, known: np.ndarray, wanted: np.ndarray, scores: np.ndarray, chosen: dict) -> dict[str, Any]:
+        """Weights of the known spots, a function of their centred values for ``refit``, and scores for ``shared``."""
+        weights = {name: kriging(self.xy[wanted], self.xy[known], *chosen[name]) for name in ("kriged", "neighbours")}
+        shared = self._krige_scores(scores, wanted, *chosen["shared"])
+        return {**weights, "refit": self._ridge(known, wanted, chosen["refit"]), "shared": shared}
+
+    def _ridge(self, known: np.ndarray, wanted: np.ndarray, penalty: float) -> Callable:
+        if self.embedding is None:
+            return lambda values: np.zeros((len(wanted), values.shape[1]), values.dtype)
+        return ridge(self.embedding[wanted], self.embedding[known], penalty)
+
+    def _candidates(self, smoothers: dict, known: np.ndarray, wanted: np.ndarray, genes: np.ndarray) -> np.ndarray:
+        """Return all candidates ``(c, wanted, genes)`` from the known spots."""
+        p = self.predicted[np.ix_(wanted, genes)]
+        r = self.residual[np.ix_(known, genes)]
+        y = r + self.predicted[np.ix_(known, genes)]
+        level, mean = r.mean(0), y.mean(0)
+        values = np.empty((len(CANDIDATES) - 1, *p.shape), np.float32)
+        values[0] = p + _level(r)
+        values[1] = p + level + smoothers["kriged"] @ (r - level)
+        values[2] = p + level + smoothers["shared"] @ self.loadings[genes].T
+        values[3] = p + level + smoothers["refit"](r - level)
+        values[4] = mean
+        values[5] = mean + smoothers["neighbours"] @ (y - mean)
+        return values
+
+    def _choose(self, splits: list, scored: list, genes: np.ndarray, spots: np.ndarray) -> dict[str, tuple | float]:
+        """Ranges, noises and penalty with the least squared error on held-out spots; genes scaled by their variance."""
+        r, p = self.residual[:, genes], self.predicted[:, genes]
+        trials: dict[str, dict] = {"kriged": {}, "neighbours": {}, "refit": {}, "shared": {}}
+        scale = (r + p)[spots].var(0) + 1e-12
+        for (known, held, _), scores in zip(splits, scored, strict=True):
+            level, mean = r[known].mean(0), (r + p)[known].mean(0)
+            residual, measured = r[known] - level, (r + p)[known] - mean
+            wanted, whole = r[held] - level, (r + p)[held] - mean
+
+            def count(name: str, setting: object, error: np.ndarray) -> None:
+                trials[name][setting] = trials[name].get(setting, 0) + (np.square(error) / scale).sum()
+
+            for setting in _GRID:
+                weights = kriging(self.xy[held], self.xy[known], *setting)
+                count("kriged", setting, wanted - weights @ residual)
+                count("neighbours", setting, whole - weights @ measured)
+                shared = self._krige_scores(scores, held, *setting)
+                count("shared", setting, wanted - shared @ self.loadings[genes].T)
+            for penalty in _PENALTIES:
+                count("refit", penalty, wanted - self._ridge(known, held, penalty)(residual))
+        return {name: min(tried, key=tried.__getitem__) for name, tried in trials.items()}
+
+    def _scores(self, spots: np.ndarray | None = None, genes: np.ndarray | None = None) -> np.ndarray:
+        """Scores ``(n, k)`` of the residuals of each spot along the directions, from its measured genes; NaN without any.
+
+        The given genes are treated as not measured at the given spots.
+        """
+        k = self.loadings.shape[1]
+        values = self.residual
+        if spots is not None and genes is not None:
+            values = values.copy()
+            values[np.ix_(spots, genes)] = np.nan
+        known = np.isfinite(values)
+        scores = np.full((len(values), k), np.nan)
+        whole = known.all(1)
+        scores[whole] = values[whole] @ self.loadings / (1 + _SCORE_PENALTY)
+        for i in np.flatnonzero(known.any(1) & ~whole):
+            part = self.loadings[known[i]].astype(float)
+            scores[i] = np.linalg.solve(part.T @ part + _SCORE_PENALTY * np.eye(k), part.T @ values[i, known[i]])
+        return scores
+
+    def _krige_scores(self, scores: np.ndarray, wanted: np.ndarray, length_scale: float, noise: float) -> np.ndarray:
+        """Krige the centred scores ``(n, k)`` of the spots that have scores to the wanted spots."""
+        known = np.isfinite(scores).all(1)
+        if not known.any():
+            return np.zeros((len(wanted), scores.shape[1]))
+        weights = kriging(self.xy[wanted], self.xy[known], length_scale, noise)
+        return weights @ (scores[known] - scores[known].mean(0))
+
+    def correct_unmeasured(self, genes: np.ndarray) -> None:
+        """Correct genes that were measured at no spot by the measured genes, along the directions of the predictions.
+
+        Range, noise and one weight minimise the squared error in five folds of measured genes.
+        """
+        seen = np.flatnonzero(np.isfinite(self.residual).sum(0) >= MIN_SPOTS)
+        if len(seen) < 10:
+            return
+        everywhere = np.arange(len(self.xy))
+        parts = np.array_split(np.random.default_rng(self.seed).permutation(seen), 5)
+        hidden = [self._scores(everywhere, part) for part in parts]
+        best, weight, setting = 0.0, 0.0, _GRID[0]
+        for trial in _GRID:
+            product = square = base = 0.0
+            for part, scores in zip(parts, hidden, strict=True):
+                r = self.residual[:, part] - np.nanmean(self.residual[:, part], axis=0)
+                f = self._krige_scores(scores, everywhere, *trial) @ self.loadings[part].T
+                scale = np.nanmean(np.square(r), axis=0) + 1e-12
+                product += np.nansum(r * f / scale)
+                square += np.nansum(np.where(np.isfinite(r), f * f, np.nan) / scale)
+                base += np.nansum(r * r / scale)
+            w = float(np.clip(product / square, 0, 1)) if square > 0 else 0.0
+            gain = (2 * w * product - w * w * square) / base
+            if gain > best:
+                best, weight, setting = gain, w, trial
+        shared = self._krige_scores(self._scores(), everywhere, *setting)
+        self.result.expression[:, genes] += weight * (shared @ self.loadings[genes].T)

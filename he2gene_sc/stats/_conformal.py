@@ -24,12 +24,6 @@ _FLOOR = 0.1
 _ROUNDING = 1e-9
 
 
-def group_weights(groups: np.ndarray) -> np.ndarray:
-    """Weights ``(n,)`` of spots that give every group the same weight: one divided by the size of the group."""
-    _, codes, size = np.unique(groups, return_inverse=True, return_counts=True)
-    return 1 / size[codes]
-
-
 def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Fit the expected squared residual of each gene as a linear function of its prediction: intercept and slope ``(2, g)``.
 
@@ -37,7 +31,8 @@ def fit_spread(predicted: np.ndarray, residual: np.ndarray, groups: np.ndarray) 
     0 if all residuals are 0. NaN for genes that were not measured.
     """
     known = np.isfinite(residual)
-    weight = group_weights(groups)[:, None] * known
+    _, codes, size = np.unique(groups, return_inverse=True, return_counts=True)
+    weight = (1 / size[codes])[:, None] * known
     total = weight.sum(0, dtype=np.float64)
     weight = weight / np.where(total > 0, total, np.nan)
     x, y = np.where(known, predicted, 0).astype(np.float64), np.square(np.where(known, residual, 0), dtype=np.float64)

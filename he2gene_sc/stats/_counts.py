@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import digamma, expit, polygamma
+from scipy.stats import chi2
 
 #: Number of steps of the fit, and the largest difference (natural log).
 _STEPS, _MAX_DIFFERENCE = 6, 12.0
@@ -68,16 +70,16 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
     spread = overdispersion(sums) * (1 / np.maximum(effective, 1)).sum(0)[:, None]
     offset = np.log(np.maximum(library[0], 1e-300) / np.maximum(library[1], 1e-300))[:, None]
     # Add one count to each pair, split like the libraries: with counts in one group only, β would be infinite.
-    y, total = y + np.where(total > 0, _expit(offset), 0), total + (total > 0)
+    y, total = y + np.where(total > 0, expit(offset), 0), total + (total > 0)
     # The added count has no variance.
     varying = 1 - 1 / np.maximum(total, 2)
-    expected = (total * _expit(offset)).sum(0)
+    expected = (total * expit(offset)).sum(0)
     beta = np.log(np.maximum(y.sum(0), 1e-300) / np.maximum(expected, 1e-300))
     beta -= np.log(np.maximum((total - y).sum(0), 1e-300) / np.maximum(total.sum(0) - expected, 1e-300))
     between, factor = 0.0, 1.0
     for i in range(_STEPS + 1):
         logits = np.clip(offset + beta, -30, 30)
-        pi = _expit(logits)
+        pi = expit(logits)
         with np.errstate(divide="ignore"):
             counting = varying / (total * pi * (1 - pi))
         sampling = counting + varying**2 * spread
@@ -86,14 +88,12 @@ def count_differences(sums: CountSums, *, normalise: bool = True) -> CountDiffer
             trusted = total * np.minimum(pi, 1 - pi) >= _MIN_EXPECTED
             between, factor = variance_components(differences, sampling, trusted)
         variances = between + factor * sampling
-        if i == _STEPS:
-            reliable = (total * np.minimum(pi, 1 - pi)).sum(0) >= _MIN_EXPECTED
-            least = np.where(reliable | (total == 0), 0, counting)
-            return CountDifferences(differences, variances, least, reliable)
         weights = 1 / variances
         mean = (weights * differences).sum(0) / np.maximum(weights.sum(0), 1e-300)
         beta = np.clip(np.clip(mean, beta - 1, beta + 1), -_MAX_DIFFERENCE, _MAX_DIFFERENCE)
-    raise AssertionError
+    reliable = (total * np.minimum(pi, 1 - pi)).sum(0) >= _MIN_EXPECTED
+    least = np.where(reliable | (total == 0), 0, counting)
+    return CountDifferences(differences, variances, least, reliable)
 
 
 def _deviations(
@@ -105,8 +105,6 @@ def _deviations(
     The posterior means of the logit, given the counts, have the same mean over samples as the logit. They are divided by their
     share of the variance. For small counts this is (y - N π) / (N π (1 - π)), for large counts the log odds.
     """
-    from scipy.special import digamma, polygamma
-
     between = max(between, 1e-4)
     a, b = (np.exp(sign * logits) for sign in (1, -1))
     a, b = (1 + a) / between, (1 + b) / between
@@ -114,7 +112,7 @@ def _deviations(
         # Solve log(shape) = digamma(x) by one Newton step from x = shape + 1/2.
         start = shape + 0.5
         shape[:] = start - (digamma(start) - np.log(shape)) / polygamma(1, start)
-    pi = _expit(logits)
+    pi = expit(logits)
     # Rescale the counts to the effective number that the sampling variance implies.
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.where(total > 0, 1 / (sampling * pi * (1 - pi)) / total, 0)
@@ -125,12 +123,6 @@ def _deviations(
         # Correct a bias: weights increase with N, and N is larger in samples where the larger group is high.
         deviation += (0.5 - pi) * between / (1 + between / sampling)
         return np.where(total > 0, deviation, 0)
-
-
-def _expit(x: np.ndarray) -> np.ndarray:
-    from scipy.special import expit
-
-    return expit(x)
 
 
 def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
@@ -261,13 +253,14 @@ def variance_components(
     if not trusted.any():
         return 0.0, 1.0
     between, factor = 0.0, 1.0
-    remaining = _trimmed_mean(np.maximum(trusted.sum(0) - 1, 1))
+    df = np.maximum(trusted.sum(0) - 1, 1)
+    remaining = chi2.cdf(chi2.ppf(_KEPT, df), df + 2) / _KEPT  # mean of χ² / df below its quantile
     for _ in range(20):
         variance = np.where(trusted, between + factor * sampling, 1.0)
         weight = trusted / variance
         total = np.where(trusted.any(0), weight.sum(0), 1.0)
         square = np.square(differences - (weight * differences).sum(0) / total)
-        mean = (weight * square).sum(0) / np.maximum(trusted.sum(0) - 1, 1)
+        mean = (weight * square).sum(0) / df
         kept = trusted & (mean <= np.quantile(mean[trusted.any(0)], _KEPT))
         # Correct for the fitted mean, and for keeping only the genes with small residuals.
         target, w = square / remaining + 1 / total, kept / np.square(variance)
@@ -286,10 +279,3 @@ def variance_components(
         if np.allclose(before, (between, factor), rtol=1e-3, atol=1e-9):
             break
     return float(between), float(factor)
-
-
-def _trimmed_mean(df: np.ndarray) -> np.ndarray:
-    """Mean of χ² / df below its quantile ``_KEPT``."""
-    from scipy import stats
-
-    return stats.chi2.cdf(stats.chi2.ppf(_KEPT, df), df + 2) / _KEPT

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial import cKDTree
+from scipy.spatial.distance import cdist
 
 #: Largest number of blocks. With at most this number of spots, each spot is a block and the restricted likelihood is exact.
 MAX_BLOCKS = 500
@@ -82,8 +84,6 @@ def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     Ranges are a geometric sequence from half the pitch (anisotropic: the pitch) to the side of the tissue (Gaussian: four
     sides): the side of a square with the second moments of the largest section.
     """
-    from scipy.spatial import cKDTree
-
     sections = [blocks.xy[blocks.section == code] for code in np.unique(blocks.section)]
     nearest = [cKDTree(xy).query(xy, k=2)[0][:, 1] for xy in sections if len(xy) > 1]
     pitch = float(np.median(np.concatenate(nearest)))
@@ -128,8 +128,6 @@ class _Distances:
     """Distances between blocks after stretching the plane: two distances for far pairs, those of all parts for near pairs."""
 
     def __init__(self, blocks: Blocks, parts: _Parts, stretch: np.ndarray):
-        from scipy.spatial.distance import cdist
-
         self.root, self.other_section = np.sqrt(blocks.size), parts.other_section
         xy, m = parts.xy @ stretch, len(blocks.size)
         mean, square = np.empty((m, m)), np.empty((m, m))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-
-#: Scores of :func:`agreement`.
-AGREEMENT = ("ari", "nmi", "ami", "homogeneity", "completeness")
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial import cKDTree
+from sklearn import metrics
 
 #: Largest number of spots in :func:`silhouette`.
 MAX_SILHOUETTE = 10_000
@@ -20,8 +20,6 @@ def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     >>> agreement([0, 0, 1, 1], [1, 1, 0, 0])["ari"]
     1.0
     """
-    from sklearn import metrics
-
     homogeneity, completeness, _ = metrics.homogeneity_completeness_v_measure(domains, clusters)
     return {
         "ari": float(metrics.adjusted_rand_score(domains, clusters)),
@@ -37,15 +35,13 @@ def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
 
     With more than 10,000 spots, 10,000 random spots are used: the cost is quadratic.
     """
-    from sklearn.metrics import silhouette_score
-
     if len(domains) > MAX_SILHOUETTE:
         some = np.random.default_rng(0).choice(len(domains), MAX_SILHOUETTE, replace=False)
         features, domains = features[some], np.asarray(domains)[some]
     n_labels = len(np.unique(domains))
     if not 2 <= n_labels < len(domains):
         return float("nan")
-    return float(silhouette_score(features, domains))
+    return float(metrics.silhouette_score(features, domains))
 
 
 def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
@@ -55,8 +51,6 @@ def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
     standardised by axis, so sections are comparable and the minimum on a lattice is 1. Labels with a single spot are left
     out.
     """
-    from scipy.spatial import cKDTree
-
     xy, labels = np.asarray(xy, float), np.asarray(labels)
     pitch = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
     lengths = [
@@ -70,8 +64,6 @@ def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
 
     As in SpatialPCA (Shang & Zhou, Nat Commun 13, 2022, 7203): at least six of ten.
     """
-    from scipy.spatial import cKDTree
-
     xy, labels = np.asarray(xy, float), np.asarray(labels)
     k = min(k, len(xy) - 1)
     near = cKDTree(xy).query(xy, k=k + 1)[1][:, 1:]
@@ -89,8 +81,6 @@ def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     >>> match([0, 0, 1, 1, 1], [1, 1, 0, 0, 2]).tolist()
     [1, 0, -1]
     """
-    from scipy.optimize import linear_sum_assignment
-
     domains, clusters = np.asarray(domains), np.asarray(clusters)
     table = np.zeros((clusters.max() + 1, domains.max() + 1), int)
     np.add.at(table, (clusters, domains), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
 
 from ._pseudobulk import SampleTest, t_test
 
@@ -46,8 +47,6 @@ def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray
 
     The error from the Hessian of statsmodels is NaN or wrong by a factor of two if samples hardly vary in an unbalanced design.
     """
-    from statsmodels.regression.mixed_linear_model import MixedLM, MixedLMParams
-
     scale = y.std()
     if not scale > 1e-12 * max(np.abs(y).max(), 1e-300):
         return 0.0, 0.0

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from ._prior import VariancePrior
+from patsy import build_design_matrices, dmatrix
+from scipy import stats
+from scipy.optimize import minimize
+from scipy.special import betaln, digamma, polygamma
 
 #: Fewest genes to fit a spline, and its number of terms (as in limma).
 _MIN_SPLINE, _TERMS = 200, 4
+#: Fewest genes to fit two kinds, and the twofold log likelihood ratio that two kinds must gain.
+_MIN_GENES, _GAIN = 200, 15.0
+#: Bounds of the logarithm of d0, of the factor between both kinds, and of the logit of the share of the second.
+_LOG_D0, _LOG_FACTOR, _LOGIT = (-1.0, 8.0), (1.0, 7.0), (-8.0, -0.5)
+
+
+@dataclass(frozen=True)
+class VariancePrior:
+    """Prior of variances: ``scale`` F(df, ``d0``), and ``factor`` times as large for hypervariable genes.
+
+    ``scale`` and ``outlier`` are ``(g,)``: the prior variance, and the probability that a gene is hypervariable, given its
+    own variance. ``outlier`` is 0 if there are no such genes.
+    """
+
+    scale: np.ndarray
+    d0: float
+    outlier: np.ndarray
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +46,6 @@ class SampleTest:
 
 def t_test(effect: np.ndarray, error: np.ndarray, df: float | np.ndarray, level: float = 0.95) -> SampleTest:
     """Two-sided t test of ``effect / error`` with its interval; NaN if the error is 0 or NaN."""
-    from scipy import stats
-
     effect, error = np.asarray(effect, np.float64), np.asarray(error, np.float64)
     df = np.broadcast_to(np.asarray(df, np.float64), effect.shape)
     known = np.isfinite(error) & (error > 0)
@@ -56,8 +72,6 @@ def squeeze_variance(
     variances differ only by chance, 0 for a single gene. The fit uses ``reliable`` genes (a mask); outside their range, s0² is
     proportional to ``alike``.
     """
-    from scipy import special
-
     variances = np.asarray(variances, np.float64)
     _check_alike(alike, len(variances))
     if len(variances) < 2:
@@ -66,15 +80,15 @@ def squeeze_variance(
     middle = np.median(variances)
     logs = np.log(np.maximum(variances, 1e-5 * (middle if middle > 0 else 1.0)))
     df = np.broadcast_to(np.asarray(df, np.float64), variances.shape)
-    shifted = logs - special.digamma(df / 2) + np.log(df / 2)
+    shifted = logs - digamma(df / 2) + np.log(df / 2)
     used = np.ones(len(logs), bool) if reliable is None or reliable.sum() < 2 else reliable
     expected, n_free = _expected_logs(shifted, alike, used)
-    spread = np.square(shifted - expected)[used].sum() / n_free - np.mean(special.polygamma(1, df[used] / 2))
+    spread = np.square(shifted - expected)[used].sum() / n_free - np.mean(polygamma(1, df[used] / 2))
     if spread <= 0:
         prior = np.exp(expected)
         return np.broadcast_to(prior, variances.shape).copy(), prior, np.inf
     d0 = 2 * trigamma_inverse(spread)
-    prior = np.exp(expected + special.digamma(d0 / 2) - np.log(d0 / 2))
+    prior = np.exp(expected + digamma(d0 / 2) - np.log(d0 / 2))
     return (d0 * prior + df * variances) / (d0 + df), prior, d0
 
 
@@ -94,8 +108,6 @@ def _expected_logs(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray)
     if n < _MIN_SPLINE or len(np.unique(line[used])) < _TERMS:
         flat, multiple = np.full(len(logs), logs[used].mean()), line + (logs - line)[used].mean()
         return min(flat, multiple, key=lambda fit: np.square(logs - fit)[used].sum()), n - 1
-    from patsy import build_design_matrices, dmatrix
-
     design = dmatrix("cr(line, df=terms) - 1", {"line": line[used], "terms": _TERMS})
     terms = np.linalg.lstsq(np.asarray(design), logs[used])[0]
     inside = np.clip(line, line[used].min(), line[used].max())
@@ -105,20 +117,75 @@ def _expected_logs(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray)
 
 def trigamma_inverse(x: float) -> float:
     """Solve trigamma(y) = x for y > 0 by Newton's method on 1 / trigamma, which is convex (Smyth 2004, appendix)."""
-    from scipy import special
-
     if x > 1e7:
         return float(1 / np.sqrt(x))
     if x < 1e-6:
         return float(1 / x)
     y = 0.5 + 1 / x
     for _ in range(50):
-        trigamma = special.polygamma(1, y)
-        step = trigamma * (1 - trigamma / x) / special.polygamma(2, y)
+        trigamma = polygamma(1, y)
+        step = trigamma * (1 - trigamma / x) / polygamma(2, y)
         y += step
         if -step / y < 1e-8:
             break
     return float(y)
+
+
+def hypervariable_prior(
+    variances: np.ndarray, df: np.ndarray, scale: np.ndarray, d0: float, reliable: np.ndarray | None = None
+) -> VariancePrior:
+    """Fit a prior for two kinds of genes by maximum likelihood, starting from a common prior (:func:`squeeze_variance`).
+
+    A common prior shrinks the variance of a hypervariable gene too much, so chance appears as an effect (Phipson et al., Ann
+    Appl Stat 2016). Phipson et al. correct genes with a large observed variance. With three patients, a hypervariable
+    gene often has a small observed variance by chance. Here, every gene has a probability of being hypervariable, and its
+    p-value is the weighted mean over both kinds.
+    """
+    known = (df > 0) & np.isfinite(variances)
+    common = VariancePrior(scale, d0, np.zeros(len(variances)))
+    if known.sum() < _MIN_GENES:
+        return common
+    middle = np.median(variances[known])
+    ratio = np.log(np.maximum(variances, 1e-5 * middle if middle > 0 else 1e-300)) - np.log(scale)
+    fitted = known if reliable is None or (known & reliable).sum() < _MIN_GENES else known & reliable
+    x, n = ratio[fitted], df[fitted]
+
+    def one_kind(theta: np.ndarray) -> float:
+        return -_log_f(x - theta[0], n, np.exp(theta[1])).sum()
+
+    def two_kinds(theta: np.ndarray) -> float:
+        return -np.logaddexp(*_kinds(x, n, *theta)).sum()
+
+    bounds = [(-3.0, 3.0), _LOG_D0]
+    start = np.clip(np.log(min(d0, 1e4)) if d0 > 0 else 0.0, *_LOG_D0)
+    single = minimize(one_kind, [0.0, start], bounds=bounds, method="L-BFGS-B")
+    starts = ([-0.3, level, np.log(8.0), -3.0] for level in (min(start + 1, _LOG_D0[1]), _LOG_D0[1]))
+    fits = [minimize(two_kinds, at, bounds=[*bounds, _LOG_FACTOR, _LOGIT], method="L-BFGS-B") for at in starts]
+    best = min(fits, key=lambda fit: fit.fun)
+    if 2 * (single.fun - best.fun) < _GAIN:
+        return common
+    shift, log_d0, log_factor, _ = best.x
+    first, second = _kinds(ratio[known], df[known], *best.x)
+    outlier = np.full(len(variances), 1 / (1 + np.exp(-best.x[3])))
+    outlier[known] = np.exp(second - np.logaddexp(first, second))
+    # At the upper bound, variances of one kind differ only by chance.
+    d0 = np.inf if log_d0 > _LOG_D0[1] - 0.01 else float(np.exp(log_d0))
+    return VariancePrior(scale * np.exp(shift), d0, outlier, float(np.exp(log_factor)))
+
+
+def _kinds(
+    ratio: np.ndarray, df: np.ndarray, shift: float, log_d0: float, log_factor: float, logit: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log densities of a log variance ratio under both kinds of genes, weighted by their shares."""
+    d0 = np.exp(log_d0)
+    first = _log_f(ratio - shift, df, d0) - np.logaddexp(0, logit)
+    return first, _log_f(ratio - shift - log_factor, df, d0) - np.logaddexp(0, -logit)
+
+
+def _log_f(x: np.ndarray, df: np.ndarray, d0: float) -> np.ndarray:
+    """Log density of the logarithm of F(df, d0)."""
+    half = df / 2
+    return half * (x + np.log(df / d0)) - betaln(half, d0 / 2) - (half + d0 / 2) * np.log1p(df / d0 * np.exp(x))
 
 
 def paired_moderated_t(
@@ -144,8 +211,6 @@ def paired_moderated_t(
     null (McCarthy and Smyth, Bioinformatics 2009). Priors are fitted to ``reliable`` genes. ``least`` ``(n, g)`` are lower bounds
     of the variances of the differences, such as those of counting.
     """
-    from ._prior import VariancePrior, hypervariable_prior
-
     differences = np.asarray(differences, np.float64)
     n = len(differences)
     if n < 2:
@@ -216,8 +281,6 @@ def predictive_t(
     least: np.ndarray | float = 0.0,
 ) -> SampleTest:
     """T test with the posterior variance, at least ``least``; for two kinds of genes, the weighted mean of both tests."""
-    from scipy import stats
-
     # As in limma: at most the degrees of freedom of all genes together.
     total = np.minimum(prior.d0 + df, df.sum())
     kinds = [(1 - prior.outlier, prior.scale)]

@@ -61,18 +61,11 @@ def set_ceiling(
     correlations = []
     for _ in range(_SPLITS):
         half = rng.binomial(whole, 0.5)
-        parts = [
-            scipy.sparse.csr_array((data, counts.indices, counts.indptr), counts.shape) for data in (half, whole - half)
-        ]
-        scores = [
-            np.concatenate(
-                [
-                    SetScores(weights, used).add(log_normalise(part[i : i + step])[:, columns]).t()
-                    for i in range(0, counts.shape[0], step)
-                ]
-            )
-            for part in parts
-        ]
+        scores = []
+        for data in (half, whole - half):
+            part = scipy.sparse.csr_array((data, counts.indices, counts.indptr), counts.shape)
+            blocks = (log_normalise(part[i : i + step])[:, columns] for i in range(0, counts.shape[0], step))
+            scores.append(np.concatenate([SetScores(weights, used).add(block).t() for block in blocks]))
         correlations.append(np.nan_to_num(pearson(*scores)))
     r = np.clip(np.mean(correlations, axis=0), 0, 1)
     return np.sqrt(2 * r / (1 + r))

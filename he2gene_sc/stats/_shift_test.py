@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 #: Largest distance, in pitches, between a shifted spot and the spot that it is matched to: tolerates a lattice that is skewed by
 #: 10 %, but not a shift by half a step.
@@ -43,8 +44,6 @@ def admissible_shifts(
     >>> admissible_shifts(np.array([[0.0, 0], [1, 0], [2, 0]]), min_overlap=0.6).tolist()
     [[-1, 0, 1], [1, 2, -1], [2, 1, 0], [1, 0, -1], [-1, 2, 1]]
     """
-    from scipy.spatial import cKDTree
-
     xy = np.asarray(xy, float)
     if xy.ndim != 2 or xy.shape[1] != 2 or len(xy) < 2:
         raise ValueError(f"`xy` is {xy.shape}, (n, 2) with at least 2 spots is needed")
@@ -84,8 +83,6 @@ def admissible_shifts(
 
 def _drop_close(vectors: np.ndarray) -> np.ndarray:
     """Sort vectors by length, and drop those within half a pitch of a shorter one that is kept."""
-    from scipy.spatial import cKDTree
-
     vectors = vectors[np.argsort(np.square(vectors).sum(1), kind="stable")]
     pairs = cKDTree(vectors).query_pairs(0.5, output_type="ndarray")
     kept = np.ones(len(vectors), bool)

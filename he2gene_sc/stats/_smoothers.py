@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
+from scipy.spatial import cKDTree
+from scipy.stats import wasserstein_distance
+from sklearn.cluster import KMeans
 
 #: Number of nearest known spots for kriging.
 _NEAREST = 40
@@ -20,8 +23,6 @@ def kriging(xy: np.ndarray, known: np.ndarray, length_scale: float, noise: float
 
     Each row uses at most the 40 nearest known spots, so memory is linear in the number of spots.
     """
-    from scipy.spatial import cKDTree
-
     k = min(_NEAREST, len(known))
     columns = cKDTree(known).query(xy, k=[*range(1, k + 1)])[1]
     weights = np.empty((len(xy), k))
@@ -57,10 +58,6 @@ def matched_folds(xy: np.ndarray, known: np.ndarray, *, seed: int = 0) -> np.nda
     Candidates are random folds and k-means clusters; the one with the smallest Wasserstein distance between the
     distributions of nearest-spot distances is chosen (kNNDM; Linnenbrink et al., Geosci. Model Dev. 2024).
     """
-    from scipy.spatial import cKDTree
-    from scipy.stats import wasserstein_distance
-    from sklearn.cluster import KMeans
-
     rng = np.random.default_rng(seed)
     at, n = xy[known], int(known.sum())
     n_folds = min(_FOLDS, n)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.sparse
 
-from ._accuracy import centre_columns
-from ._blocks import column_blocks
+from ._accuracy import centre_columns, column_blocks
 
 #: Largest distance of neighbours in pitches: 8 neighbours on a square lattice, 6 on a hexagonal one (next ring at 1.73), with
 #: tolerance for irregular positions.

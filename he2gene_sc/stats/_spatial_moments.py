@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import linalg
 
-from ._blocks import column_blocks
+from ._accuracy import column_blocks
 from ._covariance import Blocks
 
 #: Largest number of genes per chunk, and of values, which limits memory with many spots.
@@ -37,10 +38,9 @@ class Moments:
 
     @classmethod
     def from_values(
-        cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks, design: Design | None = None
+        cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks, design: Design
     ) -> Moments:
         """Compute the statistics of values ``(n, g)``."""
-        design = Design.from_groups(group, codes) if design is None else design
         n, g = values.shape
         label, sections = design.label, design.sections
         in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
@@ -48,7 +48,8 @@ class Moments:
         first[blocks.of_spot] = np.arange(n)
         masks = (group, ~group)
         sides = np.stack([group[first], ~group[first]])
-        unseen = [_squares_within_blocks(label * mask, blocks) for mask in masks]
+        own = np.column_stack([label * mask for mask in masks])
+        unseen = np.maximum(np.square(own).sum(0) - np.square(blocks.project(own)).sum(0), 0)
         parts = [
             _complement(blocks.project(basis)[side], side) for basis, side in zip(design.bases, sides, strict=True)
         ]
@@ -84,7 +85,7 @@ class Moments:
             scale=scale,
             label=in_blocks[:, -1],
             size=float(label @ label),
-            unseen=np.array(unseen),
+            unseen=unseen,
             complement=complement,
             n_contrasts=n_contrasts,
             n_inside=n_inside,
@@ -92,11 +93,6 @@ class Moments:
             sections=in_blocks[:, :-1],
             n_free=n_free,
         )
-
-    @property
-    def centred(self) -> np.ndarray:
-        """Projection ``(m, m)`` that removes the section means."""
-        return np.eye(len(self.sections)) - self.sections @ self.sections.T
 
 
 @dataclass(frozen=True)
@@ -170,17 +166,6 @@ def _basis(values: np.ndarray) -> np.ndarray:
 
 def _complement(columns: np.ndarray, side: np.ndarray) -> np.ndarray:
     """Orthonormal basis ``(m, q)`` of the orthogonal complement of the columns, in the blocks of a side."""
-    from scipy import linalg
-
     basis = np.zeros((len(side), max(int(side.sum()) - columns.shape[1], 0)))
     basis[side] = linalg.qr(columns)[0][:, columns.shape[1] :]
     return basis
-
-
-def _squares_within_blocks(label: np.ndarray, blocks: Blocks) -> float:
-    """Sum of squares of the label within blocks."""
-    return (
-        max(float(label @ label - np.square(blocks.project(label[:, None])).sum()), 0.0)
-        if len(label) > len(blocks.size)
-        else 0.0
-    )

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from ._covariance import Blocks, correlations, make_blocks
+from ._pseudobulk import SampleTest, t_test
 from ._spatial_fit import covariance_of
 from ._spatial_moments import Design, Moments, gene_chunks
 
@@ -15,17 +18,11 @@ _CHECK_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
-class SpatialTest:
-    """Result of :func:`spatial_test`, each of shape ``(g,)``."""
+class SpatialTest(SampleTest):
+    """A :class:`SampleTest` of the mean difference within sections; NaN for genes that are constant within groups or not finite."""
 
-    effect: np.ndarray  #: mean difference group - reference, within sections
-    scores: np.ndarray  #: effect over its standard error
-    pvalues: np.ndarray  #: two-sided; NaN for a gene that is constant within groups, or has non-finite values
-    df: np.ndarray  #: degrees of freedom of `scores`
-    ci_low: np.ndarray  #: interval of `effect`
-    ci_high: np.ndarray
-    n_effective: np.ndarray  #: effective number of independent spots, at most the number of spots
-    pvalues_check: np.ndarray  #: by spectral randomisation; NaN for genes without this check
+    n_effective: np.ndarray  # effective number of independent spots, at most the number of spots
+    pvalues_check: np.ndarray  # by spectral randomisation; NaN for genes without this check
 
 
 def spatial_test(
@@ -67,50 +64,24 @@ def spatial_test(
     >>> test.pvalues.shape == (table.n_vars,)
     True
     """
-    from threadpoolctl import threadpool_limits
-
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _check_arguments(values, group, xy, sections, level, check_top, n_perms)
     design = _make_design(group, codes, covariates)
     owners = None if samples is None else _sample_codes(codes, np.asarray(samples))
     # Threads do not speed up small matrices, and on a busy machine they wait for each other for minutes.
     with threadpool_limits(1, user_api="blas"):
-        return _run_test(values, group, xy, codes, owners, design, level, check_top, n_perms, seed)
-
-
-def _run_test(
-    values: np.ndarray,
-    group: np.ndarray,
-    xy: np.ndarray,
-    codes: np.ndarray,
-    owners: np.ndarray | None,
-    design: Design,
-    level: float,
-    check_top: int,
-    n_perms: int,
-    seed: int,
-) -> SpatialTest:
-    from scipy import stats
-
-    blocks = make_blocks(xy, codes, group)
-    moments = Moments.from_values(values, group, codes, blocks, design)
-    variance, spread, total = covariance_of(moments, blocks, owners)
-    # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
-    df = np.minimum(4 + 2 / spread, moments.n_free)
-    error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
-    scores = moments.effect / error
-    half_width = stats.t.ppf((1 + level) / 2, df) * error
-    result = SpatialTest(
-        effect=moments.effect,
-        scores=scores,
-        pvalues=2 * stats.t.sf(np.abs(scores), df),
-        df=df,
-        ci_low=moments.effect - half_width,
-        ci_high=moments.effect + half_width,
-        n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
-        pvalues_check=np.full(values.shape[1], np.nan),
-    )
-    return _randomise_top(result, values, design, moments, blocks, check_top, n_perms, seed)
+        blocks = make_blocks(xy, codes, group)
+        moments = Moments.from_values(values, group, codes, blocks, design)
+        variance, spread, total = covariance_of(moments, blocks, owners)
+        # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
+        df = np.minimum(4 + 2 / spread, moments.n_free)
+        error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
+        result = SpatialTest(
+            **t_test(moments.effect, error, df, level).__dict__,
+            n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
+            pvalues_check=np.full(values.shape[1], np.nan),
+        )
+        return _randomise_top(result, values, design, moments, blocks, check_top, n_perms, seed)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,8 +90,6 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     Equal to scanpy's ``rank_genes_groups(method="wilcoxon", tie_correct=True)``. P-values are far too small, since
     neighbouring spots are correlated; use it only for comparison. NaN for a constant gene.
     """
-    from scipy import stats
-
     values, group = np.asarray(values), np.asarray(group, bool)
     n, g = values.shape
     inside = int(group.sum())
@@ -149,10 +118,11 @@ def _randomise_top(
     genes = genes[np.isfinite(result.pvalues[genes])]
     if not len(genes):
         return result
-    nearest = next(correlations(blocks))
-    vectors = np.linalg.eigh(moments.centred @ nearest @ moments.centred)[1][:, ::-1]
+    sections = moments.sections
+    centring = np.eye(len(sections)) - sections @ sections.T
+    vectors = np.linalg.eigh(centring @ next(correlations(blocks)) @ centring)[1][:, ::-1]
     # the last ones are the section means
-    vectors = vectors[:, : vectors.shape[1] - moments.sections.shape[1]]
+    vectors = vectors[:, : vectors.shape[1] - sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
     chosen = blocks.project(design.residuals(values[:, genes].astype(np.float64)))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))

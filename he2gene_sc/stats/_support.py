@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.spatial import cKDTree
+from sklearn.cluster import KMeans
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 #: Fewest measured spots of a class for a correction of its spots.
 _MIN_OF_CLASS = 3
@@ -20,8 +23,6 @@ _MIN_BLOCKS, _MAX_BLOCKS, _BLOCK_SPOTS = 3, 10, 4
 
 def blocks_of(xy: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
     """Codes of compact blocks of spots."""
-    from sklearn.cluster import KMeans
-
     return KMeans(min(n_blocks, len(xy)), n_init=1, random_state=seed).fit_predict(xy)
 
 
@@ -43,8 +44,6 @@ def support(
 
     Position: 1 up to the largest distance in the folds, 0 from twice this distance. Class: 0 with fewer than three measured spots.
     """
-    from scipy.spatial import cKDTree
-
     result = np.ones(len(xy))
     if known.all():
         return result
@@ -72,8 +71,6 @@ def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, 
 
     By a linear discriminant in folds of tissue blocks: 1 down to two SD below the mean of measured spots, 0 from three SD.
     """
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
     n_folds = min(_FOLDS, int(known.sum()) // _MIN_OF_FOLD, int((~known).sum()) // _MIN_OF_FOLD)
     varied = np.asarray(features[:, :_COMPONENTS], float)
     varied = varied[:, np.ptp(varied, axis=0) > 0]

@@ -20,7 +20,7 @@ from he2gene_sc.stats import (
     spearman,
     ssim_on_grid,
 )
-from he2gene_sc.stats._blocks import column_blocks
+from he2gene_sc.stats._accuracy import column_blocks
 
 few = settings(max_examples=30, deadline=None)
 

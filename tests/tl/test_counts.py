@@ -352,7 +352,7 @@ def test_sums_of_a_lazy_table_read_each_chunk_once():
     import dask.array as da
 
     from he2gene_sc._core.spots import read_spots
-    from he2gene_sc.tl._biomarkers.sums import CountCells
+    from he2gene_sc.tl._biomarkers.contrast import count_cells
 
     read = []
     table = counted(0, n=(900, 300), genes=20)
@@ -364,7 +364,7 @@ def test_sums_of_a_lazy_table_read_each_chunk_once():
     spots = read_spots(table, "label", "groupby", layer=None)
     spots = dataclasses.replace(spots, genes=table.var_names)
     read.clear()
-    found = CountCells.from_spots(spots, code, (1, 2))
+    found = count_cells(spots, code, (1, 2))
     np.testing.assert_allclose(found.counts[0], expected)
     assert read == [600, 600]
 

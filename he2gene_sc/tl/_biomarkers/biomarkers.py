@@ -18,12 +18,12 @@ from ..._core.ownership import check_free
 from ..._core.results import write_result
 from ..._core.spots import read_spots
 from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
+from .contrast import depth_of
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
 from .methods import METHODS, Method
 from .pool import check_replicates, labelled_spots
-from .provenance import circularity, measured_part, reliable_genes
-from .sums import depth_of
+from .provenance import are_reliable, circularity, measured_part
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -186,11 +186,17 @@ def biomarkers(
         if known is not None:
             # Depth of the measured spots: it corrects the predictions too, whatever depth effect they contain.
             known_depth = depth_of(known, design.depth)
-        parts = [compare(spots, measured=known, depth=known_depth, measured_depth=known_depth, **run)]
+        parts = [compare(spots, measured=known, depth=known_depth, **run)]
     circular = "" if cross_fit else circularity(tables, groupby, layer)
-    results = _results_table(
-        [frame for frame, _ in parts], chosen, reliable_genes(tables, layer), bool(circular), design.adjust_over
-    )
+    results = adjust_pvalues(pd.concat([frame for frame, _ in parts], ignore_index=True), design.adjust_over)
+    results.attrs.clear()
+    results["method"] = chosen.label
+    results["reliable"] = are_reliable(results["names"], tables, layer)
+    results["circular"] = bool(circular)
+    # Groups in their order, the best score first.
+    results["order"] = pd.factorize(results["group"])[0]
+    results = results.sort_values(["order", "scores"], ascending=[True, False], kind="stable")
+    results = results[list(COLUMNS)].reset_index(drop=True)
     _warn_of_limits(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
     # The two halves of cross_fit have different labels: record the smaller number of spots of each patient.
     rows = pd.concat([frame.index.to_frame(index=False) for _, frame in parts])
@@ -220,45 +226,24 @@ def biomarkers(
     return None if is_object(data) else results.copy()
 
 
-def _results_table(
-    frames: Sequence[pd.DataFrame], chosen: Method, reliable: pd.Series | None, circular: bool, over: str
-) -> pd.DataFrame:
-    """Join the tests, adjust p-values and add the columns about validity; best score of each group first."""
-    results = adjust_pvalues(pd.concat(frames, ignore_index=True), over)
-    results.attrs.clear()
-    results["method"] = chosen.label
-    results["reliable"] = True if reliable is None else reliable.reindex(results["names"]).to_numpy(bool)
-    results["circular"] = circular
-    order = {name: i for i, name in enumerate(dict.fromkeys(results["group"]))}
-    results = results.assign(order=results["group"].map(order)).sort_values(
-        ["order", "scores"], ascending=[True, False], kind="stable"
-    )
-    return results[list(COLUMNS)].reset_index(drop=True)
-
-
 def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
-    if no_depth:
-        warnings.warn(NO_DEPTH, UserWarning, stacklevel=3)
+    messages = [NO_DEPTH] if no_depth else []
     if chosen.caution:
-        warnings.warn(chosen.caution, UserWarning, stacklevel=3)
+        messages.append(chosen.caution)
     if circular:
-        warnings.warn(
+        messages.append(
             f"{circular}. The p-values are not valid and the result is marked circular. Use a pathologist's labels, "
-            "labels transferred from another section, or cross_fit=True if several sections were measured",
-            UserWarning,
-            stacklevel=3,
+            "labels transferred from another section, or cross_fit=True if several sections were measured"
         )
     if chosen.name != "ppi" and results["pvals"].isna().all():
-        warnings.warn(
+        messages.append(
             f"pvals are NaN in all {len(results)} tests: no gene varies, or the design leaves no degrees of freedom. Remove covariates "
-            "or terms, or pass more samples",
-            UserWarning,
-            stacklevel=3,
+            "or terms, or pass more samples"
         )
     if lost := int(results["logfoldchanges"].isna().sum()):
-        warnings.warn(
+        messages.append(
             f"logfoldchanges are NaN for {lost} tests: the mean of the logarithms is below 0, for example in scaled values, and no "
-            "fold change is defined. Use effect_size, which is in the unit of the layer",
-            UserWarning,
-            stacklevel=3,
+            "fold change is defined. Use effect_size, which is in the unit of the layer"
         )
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=3)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.multitest import multipletests
 
+from ..._core import validate
 from ..._core.logs import logger
 from ..._core.names import clean_name_argument
 from ..._core.spots import SpotData
 from ..._core.validate import format_list
-from .contrast import MIN_SPOTS, Cells, Contrast
+from .contrast import MIN_SPOTS, Cells, Contrast, sum_sides
 from .design import Design
-from .methods import METHODS, Method, Outcome, run
-
-if TYPE_CHECKING:
-    from ...stats import CountSums
+from .methods import METHODS, Method, Outcome, import_pydeseq2, run
 
 #: Counts that a gene needs for a test of counts: about the counts of the rarer group, or half of all counts in equal groups.
 MIN_INFORMATION = 5.0
@@ -41,27 +39,26 @@ def compare(
     design: Design,
     measured: SpotData | None = None,
     depth: np.ndarray | None = None,
-    measured_depth: np.ndarray | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Run a method on every group: unadjusted tests (one row per group and gene), and sample differences (one column per gene).
 
-    ``attrs["doubts"]`` of the tests are the doubts about library sizes and depth, by group.
+    ``depth`` is that of the measured spots, if given. ``attrs["doubts"]`` of the tests are the doubts about library sizes and
+    depth, by group.
     """
-    depth = depth if chosen.takes_depth(design) else None
     cells = Cells.from_spots(
-        spots, squares=chosen.squares, detected=chosen.min_detected > 0, raw=chosen.scale == "counts", depth=depth
+        spots,
+        squares=chosen.squares,
+        detected=chosen.min_detected > 0,
+        raw=chosen.scale == "counts",
+        depth=depth if chosen.takes_depth(design) else None,
     )
-    measured_cells = None if measured is None else Cells.from_spots(measured, depth=measured_depth)
+    measured_cells = None if measured is None else Cells.from_spots(measured, depth=depth)
     tests, differences, faults = [], [], []
     doubtful: dict[str, Outcome] = {}
     for group in _groups(cells, groups, reference, chosen):
-        contrast = Contrast.from_cells(spots, cells, spots.genes, group, reference, design=design, depth=depth)
-        if measured is not None and measured_cells is not None:
-            measured_contrast = Contrast.from_cells(
-                measured, measured_cells, spots.genes, group, reference, design=design, depth=measured_depth
-            )
-            contrast = replace(contrast, measured=measured_contrast)
-        used = chosen.sample_mask(contrast)
+        known = None if measured_cells is None else Contrast.from_cells(measured_cells, group, reference, design)
+        contrast = Contrast.from_cells(cells, group, reference, design, known)
+        used = chosen.samples_in(contrast)
         kept, fault = _testable_genes(contrast, chosen, used, group, reference, cells)
         if fault:
             faults.append(fault)
@@ -124,7 +121,10 @@ def _testable_genes(
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
     enough = mean > contrast.design.min_mean
     if contrast.raw is not None:
-        enough &= _enough_counts(contrast.raw)
+        # Expected counts in both groups under the null hypothesis.
+        depth = contrast.raw.depth
+        share = depth[0] * depth[1] / np.maximum(depth.sum(0), 1e-300) ** 2
+        enough &= (contrast.raw.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
     if not enough.any():
         return (
             enough,
@@ -132,8 +132,7 @@ def _testable_genes(
         )
     if cells.detected is None:
         return enough, ""
-    others = cells.labels[cells.labels != group] if reference == "rest" else [reference]
-    spots = cells.side([group], "detected")[0].sum(0) + cells.side(others, "detected")[0].sum(0)
+    spots = sum_sides(cells.detected, cells.sides(group, reference)).sum((0, 1))
     n = contrast.counts.sum(1)
     seen = enough & (spots * n.min() >= chosen.min_detected * n.sum())
     if not seen.any():
@@ -164,27 +163,17 @@ def _log_left_out(contrast: Contrast, used: np.ndarray, group: str, reference: s
     )
 
 
-def _enough_counts(sums: CountSums) -> np.ndarray:
-    """Mask ``(g,)`` of genes with enough expected counts in both groups under the null hypothesis."""
-    share = sums.depth[0] * sums.depth[1] / np.maximum(sums.depth.sum(0), 1e-300) ** 2
-    return (sums.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
-
-
 def group_names(groups: Any, reference: object) -> tuple[list[str] | None, str]:
     """Return groups and reference as texts, like the labels; a numeric column has numbers as names."""
-    several = isinstance(groups, Iterable) and not isinstance(groups, str)
-    named = (
-        None
-        if groups is None
-        else [clean_name_argument(group, "groups") for group in (groups if several else [groups])]
-    )
-    return named, clean_name_argument(reference, "reference")
+    if groups is not None:
+        several = isinstance(groups, Iterable) and not isinstance(groups, str)
+        groups = [clean_name_argument(group, "groups") for group in (groups if several else [groups])]
+    return groups, clean_name_argument(reference, "reference")
 
 
 def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
     """Choose the method by the number of samples, or check the named method; check that it can use the design."""
-    if method not in ("auto", *METHODS):
-        raise ValueError(f"`method` {method!r} is unknown, valid: {['auto', *METHODS]}")
+    validate.one_of(method, ("auto", *METHODS), "method")
     n = len(set(spots.samples))
     bulk = "pseudobulk" if spots.scale == "counts" else "means"
     name = (bulk if n >= 3 else "spatial") if method == "auto" else method
@@ -206,8 +195,6 @@ def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
             f"`covariates` are only for method='pseudobulk', 'means', 'mixed' and 'spatial', the method is {name!r}"
         )
     if name == "deseq2":
-        from .deseq2 import import_pydeseq2
-
         import_pydeseq2()
     if n < METHODS[name].samples:
         raise ValueError(
@@ -226,29 +213,26 @@ def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: 
         raise ValueError(
             "`reference` 'rest' means all other spots, but `groupby` has a level of this name too; rename the level"
         )
-    if reference != "rest" and reference not in labels:
-        raise ValueError(f"`reference` {reference!r} is not a group, valid: {['rest', *labels]}")
-    named = groups
-    if named is not None and not len(named):
-        raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
-    if named is not None and (unknown := [group for group in named if group not in labels]):
-        raise ValueError(f"`groups` {unknown} are not groups, valid: {labels}")
-    if named is not None and reference in named:
-        raise ValueError(f"`groups` holds the reference {reference!r}; leave it out")
-    wanted = [label for label in labels if label != reference] if named is None else list(dict.fromkeys(named))
+    validate.key_in(reference, ["rest", *labels], "reference", what="a group")
+    if groups is not None:
+        if not groups:
+            raise ValueError(f"`groups` is empty; name some of {labels}, or None for all")
+        validate.all_in(groups, labels, "groups", "are not groups")
+        if reference in groups:
+            raise ValueError(f"`groups` holds the reference {reference!r}; leave it out")
+    wanted = [label for label in labels if label != reference] if groups is None else list(dict.fromkeys(groups))
     faults = {group: _find_fault(cells, group, reference, chosen) for group in wanted}
-    bad = {group: fault for group, fault in faults.items() if fault}
-    if bad and (named is not None or len(bad) == len(wanted)):
-        raise ValueError(f"`{'groups' if named is not None else 'groupby'}`: {next(iter(bad.values()))}")
+    bad = [fault for fault in faults.values() if fault]
+    if bad and (groups is not None or len(bad) == len(wanted)):
+        raise ValueError(f"`{'groupby' if groups is None else 'groups'}`: {bad[0]}")
     if bad:
-        warnings.warn(f"groups are left out: {'; '.join(bad.values())}", UserWarning, stacklevel=4)
+        warnings.warn(f"groups are left out: {'; '.join(bad)}", UserWarning, stacklevel=4)
     return [group for group in wanted if not faults[group]]
 
 
 def _find_fault(cells: Cells, group: str, reference: str, chosen: Method) -> str:
     """Reason why a group cannot be tested, or an empty text."""
-    others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
-    counts = {group: cells.side([group])[1], reference: cells.side(others)[1]}
+    counts = dict(zip((group, reference), sum_sides(cells.counts, cells.sides(group, reference)), strict=True))
     for name, count in counts.items():
         if count.sum() < MIN_SPOTS:
             return f"{name!r} has {count.sum()} spots, at least {MIN_SPOTS} are needed"
@@ -272,13 +256,9 @@ def _find_fault(cells: Cells, group: str, reference: str, chosen: Method) -> str
 
 def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFrame:
     """Difference in every sample that has both groups, with the numbers of spots in the index."""
+    samples = contrast.samples[contrast.paired]
     index = pd.MultiIndex.from_arrays(
-        [
-            [group] * int(contrast.paired.sum()),
-            contrast.samples[contrast.paired],
-            contrast.counts[0, contrast.paired],
-            contrast.counts[1, contrast.paired],
-        ],
+        [[group] * len(samples), samples, *contrast.counts[:, contrast.paired]],
         names=["group", "sample", "n_spots", "n_spots_reference"],
     )
     return pd.DataFrame(outcome.differences.astype(np.float32), index=index, columns=contrast.genes.astype(str))
@@ -286,8 +266,6 @@ def _differences(contrast: Contrast, outcome: Outcome, group: str) -> pd.DataFra
 
 def adjust_pvalues(tests: pd.DataFrame, over: str = "group") -> pd.DataFrame:
     """Add p-values adjusted by Benjamini and Hochberg within each group or over all; NaN p-values stay NaN."""
-    from statsmodels.stats.multitest import multipletests
-
     tests = tests.assign(pvals_adj=np.nan)
     known = tests[tests["pvals"].notna()]
     for _, part in known.groupby(known["group"] if over == "group" else np.zeros(len(known)), sort=False):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from ... import stats
 from ..._core import validate
 from ..._core.duplicates import warn_of_copied_spots
 from ..._core.elements import is_object
@@ -21,11 +22,10 @@ from ..._core.spots import SpotData, read_spots
 from .._paired import warn_of_training_sections
 from . import reference_fields
 from .compare import adjust_pvalues, compare, group_names, method_for
+from .contrast import depth_of
 from .design import Design
-from .methods import METHODS
 from .pool import check_replicates, labelled_spots
-from .provenance import circularity, measured_part, reliable_genes
-from .sums import depth_of
+from .provenance import are_reliable, circularity, measured_part
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -147,14 +147,25 @@ def concordance(
     if chosen.caution:
         warnings.warn(chosen.caution, UserWarning, stacklevel=2)
     genes = _merge_tests(predicted, tested)
-    reliable = reliable_genes(tables, layer)
-    genes["reliable"] = True if reliable is None else reliable.reindex(genes["names"]).to_numpy(bool)
+    genes["reliable"] = are_reliable(genes["names"], tables, layer)
     table = _scores(genes, lengths, fdr)
-    _warn_of_chance(table)
+    none = table.loc[(table["genes"] == "all") & (table["n_significant"] == 0), "group"].tolist()
+    if none:
+        warnings.warn(
+            f"`groupby`: no measured gene is significant in {validate.format_list(map(repr, none))}. Prediction and measurement share "
+            "chance differences there, since they are of the same spots, so spearman and sign_agreement are not evidence of biomarkers "
+            "in these groups",
+            UserWarning,
+            stacklevel=2,
+        )
     table["predictor"] = layer
-    references = _references(data, tables, known, layer, genes, reference, lengths, fdr)
-    table = pd.concat([table, *(_add_differences(table, rows) for rows in references)], ignore_index=True)
-    table["method"] = METHODS[chosen.name].label
+    references = list(_references(data, tables, known, layer, genes, reference, lengths, fdr))
+    for rows in references:
+        # Scores of the prediction minus those of the reference on the same genes.
+        for score in _COMPARED:
+            rows[f"{score}_difference"] = table[score] - rows[score]
+    table = pd.concat([table, *references], ignore_index=True)
+    table["method"] = chosen.label
     table["circular"] = any(circularity(tables, groupby, values) for values in (layer, measured))
     params = {
         "groupby": groupby,
@@ -170,20 +181,6 @@ def concordance(
     }
     write_result(tables, "concordance", key_added, params=params, facts={"table": table, "genes": genes})
     return None if is_object(data) else table.copy()
-
-
-def _warn_of_chance(table: pd.DataFrame) -> None:
-    """Warn of groups in which no measured gene differs: agreement there may be shared chance."""
-    all_genes = table[table["genes"] == "all"]
-    none = all_genes.loc[all_genes["n_significant"] == 0, "group"].tolist()
-    if none:
-        warnings.warn(
-            f"`groupby`: no measured gene is significant in {validate.format_list(map(repr, none))}. Prediction and measurement share "
-            "chance differences there, since they are of the same spots, so spearman and sign_agreement are not evidence of biomarkers "
-            "in these groups",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _references(
@@ -206,11 +203,6 @@ def _references(
         yield rows.assign(predictor=name)
 
 
-def _add_differences(prediction: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a reference, with the score of the prediction minus that of the reference on the same genes."""
-    return rows.assign(**{f"{score}_difference": prediction[score] - rows[score] for score in _COMPARED})
-
-
 def _merge_tests(predicted: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFrame:
     """Both tests of the genes that were tested in both, one row per group and gene."""
     columns = ["group", "names", "effect_size", "scores", "pvals_adj"]
@@ -224,13 +216,11 @@ def _merge_tests(predicted: pd.DataFrame, measured: pd.DataFrame) -> pd.DataFram
 
 
 def _scores(genes: pd.DataFrame, k: Sequence[int], fdr: float) -> pd.DataFrame:
-    from ...stats import ranking_agreement
-
     rows = []
     for group, tests in genes.groupby("group", sort=False):
         for name, part in (("reliable", tests[tests["reliable"]]), ("all", tests)):
             significant = (part["pvals_adj_measured"] < fdr).to_numpy()
-            scores = ranking_agreement(
+            scores = stats.ranking_agreement(
                 part["effect_size_predicted"],
                 part["effect_size_measured"],
                 significant,

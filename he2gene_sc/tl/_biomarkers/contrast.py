@@ -1,37 +1,133 @@
-"""Contrasts of a group of spots with a reference: means in each sample."""
+"""Contrasts of a group of spots with a reference: sums and means in each sample, of expression, raw counts and depth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
+from scipy.sparse import csr_array, issparse
 
+from ..._core.expression import summarize_values
+from ..._core.keys import OWN_TABLE
+from ..._core.matrix import in_memory, indexable_matrix, matrix_of, max_chunk_rows
 from ..._core.spots import SpotData
-from .design import Design
-from .sums import CountCells, DepthCells, keep_genes, pair_design
-
-if TYPE_CHECKING:
-    from ...stats import CountSums
+from ...stats import CountSums
+from .design import Design, pair_design
 
 #: Fewest spots of a group for a mean in a sample, and fewest spots of a group over all samples.
 MIN_SPOTS = 3
+#: Fewest spots for a separate slope of a sample.
+_MIN_SLOPE = 20
+#: Largest share of spots without counts for which depth counts as known.
+_MAX_EMPTY = 0.05
+
+
+def sum_sides(cells: np.ndarray, sides: np.ndarray) -> np.ndarray:
+    """Sum cells ``(samples, labels, …)`` over the labels of each side ``(2, labels)``: ``(2, samples, …)``."""
+    return np.array([cells[:, side].sum(1) for side in sides])
+
+
+def count_cells(
+    pool: SpotData, code: np.ndarray, shape: tuple[int, int], log_depth: np.ndarray | None = None
+) -> CountSums:
+    """Sum raw counts over the spots of every label in every sample, in one pass; all sums are ``(samples, labels, …)``.
+
+    ``code`` is the cell of each spot. ``log_depth`` is per spot; default: log of total counts.
+    """
+    n = shape[0] * shape[1]
+    sums = np.zeros((3, n, len(pool.genes)))
+    depth = np.zeros((2, n))
+    start = 0
+    for table, rows in zip(pool.tables, pool.rows, strict=True):
+        values = indexable_matrix(table, pool.layer)
+        columns = table.var_names.get_indexer(pool.genes)
+        listed = np.flatnonzero(columns >= 0)
+        step = max(512, max_chunk_rows(values))
+        for first in range(0, len(rows), step):
+            chosen = rows[first : first + step]
+            block = in_memory(values[chosen])
+            block = csr_array(block if issparse(block) else np.nan_to_num(block)).astype(np.float64)
+            block.data = np.nan_to_num(block.data)
+            where = slice(start + first, start + first + len(chosen))
+            total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
+            places = (code[where], np.arange(len(chosen)))
+            ones, totals = (csr_array((x, places), (n, len(chosen))) for x in (np.ones(len(chosen)), total))
+            y = block[:, columns[listed]]
+            for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
+                out[:, listed] += part.toarray()
+            depth += np.array([ones @ total, ones @ np.square(total)])
+        start += len(rows)
+    spots = np.bincount(code, minlength=n).reshape(shape)
+    counts, squares, by_depth = sums.reshape(3, *shape, -1)
+    depths, depth_squares = depth.reshape(2, *shape)
+    return CountSums(counts, squares, by_depth, spots, depths, depth_squares)
+
+
+def paired_counts(cells: CountSums, sides: np.ndarray, paired: np.ndarray) -> CountSums:
+    """Sum the cells of two sides in the paired samples."""
+    return CountSums(*(sum_sides(getattr(cells, field.name), sides)[:, paired] for field in fields(cells)))
+
+
+@dataclass(frozen=True)
+class DepthCells:
+    """Sums of x (log depth of a spot), x², and x times log expression, over the spots of every label in every sample."""
+
+    sums: np.ndarray
+    squares: np.ndarray
+    products: np.ndarray
+
+    @classmethod
+    def from_spots(cls, pool: SpotData, depth: np.ndarray, code: np.ndarray, shape: tuple[int, int]) -> DepthCells:
+        """Sum in one pass; ``depth`` is the log depth ``(n,)``."""
+        n = shape[0] * shape[1]
+        x = depth - depth.mean()
+        products = np.zeros((n, len(pool.genes)))
+        for where, values in pool.blocks():
+            rows = np.arange(len(values))
+            products += csr_array((x[where], (code[where], rows)), (n, len(values))) @ values
+        sums, squares = (np.bincount(code, weights, n).reshape(shape) for weights in (x, np.square(x)))
+        return cls(sums, squares, products.reshape(*shape, -1))
+
+    def effects(
+        self, sides: np.ndarray, spots: np.ndarray, sums: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Effect of depth on the difference of each sample ``(n, g)``, on its variance ``(n,)``, and on both means ``(2, n, g)``.
+
+        Each sample has its own slope within groups, so the errors of the slopes are part of the variance between samples.
+        The effect on a mean is relative to the mean depth of all spots, and samples with fewer than 20 spots use the common slope.
+        """
+        x, xx, xy = (sum_sides(part, sides) for part in (self.sums, self.squares, self.products))
+        mean = x / np.maximum(spots, 1)
+        spread = (xx - mean * x).sum(0)
+        shared = (xy - mean[..., None] * sums).sum(0)
+        gap = mean[0] - mean[1]
+        varies = spread > 1e-9 * np.maximum(xx.sum(0), 1e-300)
+        divisor = np.where(varies, spread, 1)
+        slope = np.where(varies[:, None], shared / divisor[:, None], 0)
+        variance = np.where(varies, np.square(gap) / divisor, np.where(np.abs(gap) > 1e-9, np.inf, 0.0))
+        common = shared.sum(0) / spread.sum() if spread.sum() > 1e-9 * xx.sum() else np.zeros(shared.shape[1])
+        own = varies & (spots.sum(0) >= _MIN_SLOPE)
+        return gap[:, None] * slope, variance, mean[..., None] * np.where(own[:, None], slope, common)
 
 
 @dataclass(frozen=True)
 class Cells:
     """Sums over the spots of every label in every sample, ``(samples, labels, g)`` float64."""
 
+    pool: SpotData
     samples: np.ndarray
     labels: np.ndarray
     counts: np.ndarray  # (samples, labels) number of spots
     sums: np.ndarray  # sums of logarithms
     squares: np.ndarray | None = None  # sums of squared logarithms
     detected: np.ndarray | None = None  # number of spots where a gene is not 0
-    raw: CountCells | None = None
-    depth: DepthCells | None = None
+    raw: CountSums | None = None
+    depth: np.ndarray | None = None  # (n,) log depth of the spots
+    by_depth: DepthCells | None = None
 
     @classmethod
     def from_spots(
@@ -56,18 +152,20 @@ class Cells:
         sums = pool.sums(code, shape[0] * shape[1], *transforms.values())
         counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
         return cls(
+            pool,
             samples,
             labels,
             counts,
-            raw=CountCells.from_spots(pool, code, shape, depth) if raw else None,
-            depth=None if depth is None or raw else DepthCells.from_spots(pool, depth, code, shape),
+            raw=count_cells(pool, code, shape, depth) if raw else None,
+            depth=depth,
+            by_depth=None if depth is None or raw else DepthCells.from_spots(pool, depth, code, shape),
             **dict(zip(transforms, sums.reshape(len(transforms), *shape, -1), strict=True)),
         )
 
-    def side(self, labels: Sequence[str] | np.ndarray, name: str = "sums") -> tuple[np.ndarray, np.ndarray]:
-        """Return sums ``(samples, g)`` and counts ``(samples,)`` over several labels."""
-        chosen = np.isin(self.labels, list(labels))
-        return getattr(self, name)[:, chosen].sum(1), self.counts[:, chosen].sum(1)
+    def sides(self, group: str, reference: str) -> np.ndarray:
+        """Masks ``(2, labels)`` of a group and of its reference; ``"rest"``: all other labels."""
+        inside = self.labels == group
+        return np.array([inside, ~inside if reference == "rest" else self.labels == reference])
 
 
 @dataclass(frozen=True)
@@ -82,7 +180,7 @@ class Contrast:
     means: np.ndarray  # (2, samples, g), group first; NaN below three spots
     counts: np.ndarray  # (2, samples)
     pooled_means: np.ndarray
-    design: Design = field(default_factory=Design)
+    design: Design
     spot_variance: np.ndarray | None = None  # (g,) within group and sample
     measured: Contrast | None = None  # contrast of measured values
     raw: CountSums | None = None
@@ -93,30 +191,35 @@ class Contrast:
 
     @classmethod
     def from_cells(
-        cls, pool: SpotData, cells: Cells, genes: pd.Index, group: str, reference: str, **more: Any
+        cls, cells: Cells, group: str, reference: str, design: Design, measured: Contrast | None = None
     ) -> Contrast:
         """Contrast a label with another, or with all others (``"rest"``)."""
-        others = [label for label in cells.labels if label != group] if reference == "rest" else [reference]
-        sides = [cells.side([group]), cells.side(others)]
-        counts = np.array([count for _, count in sides])
-        sums = np.array([total for total, _ in sides])
+        sides = cells.sides(group, reference)
+        counts, sums = sum_sides(cells.counts, sides), sum_sides(cells.sums, sides)
         enough = counts >= MIN_SPOTS
+        paired = np.all(enough, axis=0)
+        more: dict[str, Any] = {}
         with np.errstate(invalid="ignore", divide="ignore"):
             means = np.where(enough[..., None], sums / counts[..., None], np.nan)
             pooled = sums.sum(1) / counts.sum(1)[:, None]
         if cells.squares is not None:
-            squares = np.array([cells.side(side, "squares")[0] for side in ([group], others)])
+            squares = sum_sides(cells.squares, sides)
             residual_squares = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
             more["spot_variance"] = residual_squares / max(counts.sum() - (counts > 0).sum(), 1)
-        masks = [np.isin(cells.labels, side) for side in ([group], others)]
-        paired = np.all(enough, axis=0)
         if cells.raw is not None:
-            more["raw"] = cells.raw.pairs(masks, counts, paired)
-        if cells.depth is not None:
-            more["adjustment"], more["depth_variance"] = cells.depth.adjust(masks, counts, sums, paired)
-            more["shift"] = cells.depth.shift(masks, counts, sums)
+            more["raw"] = paired_counts(cells.raw, sides, paired)
+        if cells.by_depth is not None:
+            adjustment, variance, more["shift"] = cells.by_depth.effects(sides, counts, sums)
+            more |= {"adjustment": adjustment[paired], "depth_variance": variance[paired]}
+        pool = cells.pool
         inside = pool.labels == group
-        return cls(pool, genes, cells.samples, inside, np.isin(pool.labels, others), means, counts, pooled, **more)
+        outside = ~inside if reference == "rest" else pool.labels == reference
+        return cls(
+            *(pool, pool.genes, cells.samples, inside, outside, means, counts, pooled, design),
+            measured=measured,
+            depth=cells.depth,
+            **more,
+        )
 
     @property
     def paired(self) -> np.ndarray:
@@ -157,6 +260,10 @@ class Contrast:
 
     def keep(self, genes: np.ndarray) -> Contrast:
         """Keep the genes of a mask ``(g,)``."""
+        raw = self.raw
+        if raw is not None:
+            kept = {name: getattr(raw, name)[..., genes] for name in ("counts", "squares", "by_depth")}
+            raw = replace(raw, **kept)
         return replace(
             self,
             genes=self.genes[genes],
@@ -164,7 +271,41 @@ class Contrast:
             pooled_means=self.pooled_means[:, genes],
             spot_variance=None if self.spot_variance is None else self.spot_variance[genes],
             measured=None if self.measured is None else self.measured.keep(genes),
-            raw=None if self.raw is None else keep_genes(self.raw, genes),
+            raw=raw,
             adjustment=None if self.adjustment is None else self.adjustment[:, genes],
             shift=None if self.shift is None else self.shift[..., genes],
         )
+
+
+def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
+    """Natural log of the depth of each spot ``(n,)``; ``None`` if it is not known.
+
+    ``"auto"``: total counts of the layer if it holds counts, else of ``X``; otherwise a column of obs. Up to 5 % of the spots may
+    have no counts; they get the median depth of their section.
+    """
+    if depth is None:
+        return None
+    layer = pool.layer if pool.scale == "counts" else None
+    if depth != "auto":
+        totals = pd.to_numeric(pool.obs(depth, "depth"), errors="coerce").to_numpy(float)
+    elif any(_lacks_counts(t, layer) for t, rows in zip(pool.tables, pool.rows, strict=True) if len(rows)):
+        return None
+    else:
+        totals = pool.totals(layer)
+    known = np.isfinite(totals) & (totals > 0)
+    if known.all():
+        return np.log(totals)
+    if depth == "auto":
+        counted = pd.Series(np.where(known, totals, np.nan))
+        filled = counted.fillna(counted.groupby(pool.units).transform("median"))
+        return np.log(filled.to_numpy()) if known.mean() >= 1 - _MAX_EMPTY and filled.notna().all() else None
+    raise ValueError(
+        f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
+        "design=hg.Design(depth=None) for no adjustment"
+    )
+
+
+def _lacks_counts(table: AnnData, layer: str | None) -> bool:
+    return (layer is None and (OWN_TABLE in table.uns or table.X is None)) or summarize_values(
+        matrix_of(table, layer)
+    ).kind != "counts"

@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from ..._core.expression import Scale
 from ..._core.genes import find_genes
 from ..._core.logs import logger
 from ..._core.spots import SpotData
-from .contrast import MIN_SPOTS
+from .contrast import MIN_SPOTS, depth_of
 from .provenance import measured_part
-from .sums import depth_of
 
 #: Number of genes of highest mean in the classifier, and of their principal components.
 _GENES, _COMPONENTS = 1000, 30
@@ -60,10 +63,10 @@ def cross_fitted_halves(
 
 def _agreement(new: np.ndarray, given: np.ndarray, groups: Sequence[str] | None, reference: str) -> float:
     """Share of the spots of the tested groups whose new labels equal the given ones."""
-    if groups is None or reference == "rest":
-        return _equal_share(new, given)
-    tested = [*groups, reference]
-    return _equal_share(*(labels[np.isin(given, tested) | np.isin(new, tested)] for labels in (new, given)))
+    tested = np.ones(len(new), bool)
+    if groups is not None and reference != "rest":
+        tested = np.isin(given, [*groups, reference]) | np.isin(new, [*groups, reference])
+    return float((new.astype(str) == given.astype(str))[tested].mean()) if tested.any() else 0.0
 
 
 def _worst_group(new: np.ndarray, spots: SpotData, groups: Sequence[str] | None, reference: str) -> tuple[float, str]:
@@ -75,10 +78,6 @@ def _worst_group(new: np.ndarray, spots: SpotData, groups: Sequence[str] | None,
     masks = {group: (new == group, given == group) for group in tested}
     shares = ((float((a & b).sum() / (a | b).sum()), str(group)) for group, (a, b) in masks.items())
     return min(shares, default=(1.0, ""))
-
-
-def _equal_share(new: np.ndarray, given: np.ndarray) -> float:
-    return float((new.astype(str) == given.astype(str)).mean()) if len(new) else 0.0
 
 
 def _check_agreement(agreement: float) -> float:
@@ -143,11 +142,6 @@ def _depth_residuals(values: np.ndarray, depth: np.ndarray | None) -> np.ndarray
 
 
 def _classifier(values: np.ndarray, labels: np.ndarray) -> Any:
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
     n = min(_COMPONENTS, *values.shape)
     model = make_pipeline(PCA(n, random_state=0), StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     return model.fit(values, labels.astype(str))

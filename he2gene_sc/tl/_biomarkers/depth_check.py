@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from scipy.sparse import csr_array
 
-from .contrast import Contrast
-from .sums import DepthCells
-
-if TYPE_CHECKING:
-    from ...stats import SpatialTest
+from ... import stats
+from .contrast import Contrast, DepthCells
 
 #: Share of the depth adjustment that the groups show below or above which it is doubtful, and size of its wrong part (its square over
 #: that of the standard error) from which this is reported; larger above, since genes of the denser group often follow depth within it.
@@ -24,16 +19,14 @@ _NUMBERS = 2**23
 
 def doubt_over_samples(contrast: Contrast) -> tuple[str, str]:
     """State if groups do not differ with depth like the spots within them, and what to do; empty texts if they do."""
-    from ...stats import depth_followed
-
     if contrast.adjustment is None or contrast.spot_variance is None:
         return "", ""
     raw = contrast.differences + contrast.adjustment
-    return _doubt(*depth_followed(raw, contrast.adjustment, contrast.spot_variance))
+    return _doubt(*stats.depth_followed(raw, contrast.adjustment, contrast.spot_variance))
 
 
 def doubt_over_parts(
-    values: np.ndarray, group: np.ndarray, log_depth: np.ndarray, parts: np.ndarray, test: SpatialTest
+    values: np.ndarray, group: np.ndarray, log_depth: np.ndarray, parts: np.ndarray, test: stats.SpatialTest
 ) -> tuple[str, str]:
     """State if groups do not differ with depth like the spots within them, for one or a few sections; and what to do.
 
@@ -42,8 +35,6 @@ def doubt_over_parts(
     ``parts`` ``(n,)`` numbers the parts; -1 for spots outside all of them. Slopes of one part are compared with differences in
     another, so their errors do not count as depth.
     """
-    from ...stats import depth_followed
-
     kept, n = parts >= 0, int(parts.max()) + 1
     if n < 3:
         return "", ""
@@ -57,14 +48,13 @@ def doubt_over_parts(
     sums, products = both[0].transpose(1, 0, 2), both[1]
     spots = np.bincount(code, minlength=2 * n).reshape(n, 2)
     depths, squares = (np.bincount(code, numbers, 2 * n).reshape(n, 2) for numbers in (x, np.square(x)))
-    sides = [np.array([True, False]), np.array([False, True])]
-    adjustment, _ = DepthCells(depths, squares, products).adjust(sides, spots.T, sums, np.ones(n, bool))
+    adjustment, *_ = DepthCells(depths, squares, products).effects(np.eye(2, dtype=bool), spots.T, sums)
     raw = sums[0] / spots[:, :1] - sums[1] / spots[:, 1:]
     with np.errstate(invalid="ignore", divide="ignore"):
         error = test.effect / test.scores
     known = np.isfinite(error)
     error = error[known]
-    return _doubt(*depth_followed(raw[:, known], adjustment[:, known], np.square(error), error))
+    return _doubt(*stats.depth_followed(raw[:, known], adjustment[:, known], np.square(error), error))
 
 
 def section_parts(group: np.ndarray, xy: np.ndarray, sections: np.ndarray) -> np.ndarray:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
+from patsy import PatsyError, dmatrix
 
 from ..._core import validate
+from ..._core.names import check_spelling, clean_names
+from ..._core.spots import SpotData
 
 
 @dataclass(frozen=True)
-class Design:
+class Design(validate.Checked):
     """Covariates, terms and thresholds of :func:`he2gene_sc.tl.biomarkers`.
 
     Parameters
@@ -79,23 +83,20 @@ class Design:
     confidence_level: float = 0.95
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         named = (self.covariates,) if isinstance(self.covariates, str) else self.covariates or ()
-        object.__setattr__(self, "covariates", tuple(validate.names(named, "covariates")))
-        for name in ("formula", "term"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value.strip(" ~")):
+        for name, value in (("formula", self.formula), ("term", self.term)):
+            if value is not None and not value.strip(" ~"):
                 raise ValueError(f"`{name}` is {value!r}; it must be a text, for example 'group:age'")
         if self.depth is not None:
             validate.name(self.depth, "depth")
-        if isinstance(self.lfc, bool) or not isinstance(self.lfc, Real) or not 0 <= float(self.lfc) < np.inf:
-            raise ValueError(
-                f"`lfc` is {self.lfc!r}; it must be a number of at least 0, log2 of the smallest ratio of interest"
-            )
-        for name in ("trend", "robust"):
-            object.__setattr__(self, name, validate.flag(getattr(self, name), name))
-        minimum = self.min_mean
-        if isinstance(minimum, bool) or not isinstance(minimum, Real) or np.isnan(float(minimum)):
-            raise ValueError(f"`min_mean` is {minimum!r}; it must be a number, in the unit of the layer")
+        validate.in_range(self.lfc, "lfc", least=0, what="a number, log2 of the smallest ratio of interest,")
+        self.set(
+            covariates=tuple(validate.names(named, "covariates")),
+            lfc=float(self.lfc),
+            trend=bool(self.trend),
+            robust=bool(self.robust),
+        )
         validate.one_of(self.adjust_over, ("group", "all"), "adjust_over")
         validate.one_of(self.join, ("inner", "outer"), "join")
         validate.in_range(self.confidence_level, "confidence_level", above=0, below=1)
@@ -109,7 +110,7 @@ class Design:
     @property
     def params(self) -> dict[str, Any]:
         """Parameters to record in ``uns``."""
-        return asdict(self) | {"lfc": float(self.lfc), "covariates": list(self.covariates) or None}
+        return asdict(self) | {"covariates": list(self.covariates) or None}
 
 
 def as_design(design: Any) -> Design:
@@ -124,3 +125,88 @@ def as_design(design: Any) -> Design:
         f"`design` is {design!r}; pass a formula that begins with '~' ('~ group + age'), a list of covariates (['age']), or "
         "hg.Design(covariates=..., depth=..., ...)"
     )
+
+
+def pair_design(
+    pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarray], design: Design
+) -> tuple[np.ndarray, int]:
+    """Design of the differences within samples ``(n, p)`` and the index of the tested column.
+
+    Constants of a sample cancel. Interactions with the group are centred, so the effect is that of the average sample.
+    """
+    if not design.terms:
+        return np.ones((len(samples), 1)), 0
+    term = design.term or "group"
+    rows = _rows(pool, samples, sides, design)
+    try:
+        matrix = dmatrix(f"group + {design.terms}", rows, NA_action="raise")
+    except (PatsyError, NameError, SyntaxError, TypeError) as error:
+        raise ValueError(f"`formula` {design.formula!r} is not valid: {str(error).splitlines()[0]}") from error
+    info = matrix.design_info
+    matrix = np.asarray(matrix, np.float64)
+    change = matrix[: len(samples)] - matrix[len(samples) :]
+    names, columns = ["group"], [np.ones(len(samples))]
+    for part in info.terms:
+        factors = [factor.name() for factor in part.factors]
+        where = info.term_slices[part]
+        if not factors or factors == ["group"]:
+            continue
+        parts = zip(info.column_names[where], change[:, where].T, matrix[:, where].T, strict=True)
+        for name, column, values in parts:
+            column = column - column.mean() if "group" in factors else column
+            # Means of equal values over different spots differ by rounding.
+            if np.abs(column).max() <= 1e-9 * np.abs(values).max():
+                plain = re.sub(r"Q\('(.*?)'\)", r"\1", name)
+                raise ValueError(
+                    f"`{'covariates' if name.startswith('Q(') else 'formula'}`: {plain!r} is constant within samples and cancels, "
+                    f"since groups are compared within samples; leave it out, or test its interaction: formula='group:{plain}'"
+                )
+            names.append(name)
+            columns.append(column)
+    if term not in names:
+        raise ValueError(f"`term` {term!r} is not a term of the design, valid: {names}")
+    matrix = np.column_stack(columns)
+    if len(samples) <= matrix.shape[1] or np.linalg.matrix_rank(matrix / np.abs(matrix).max(0)) < matrix.shape[1]:
+        raise ValueError(
+            f"`formula`: the terms {names} cannot be estimated separately from {len(samples)} samples; leave some out"
+        )
+    return matrix, names.index(term)
+
+
+def _rows(pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarray], design: Design) -> pd.DataFrame:
+    """Variables of a formula, one row per sample in the group, then in the reference: means of numbers, and labels."""
+    words = set(re.findall(r"\w+", design.formula or "")) - {"group"}
+    known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]
+    rows: dict[str, Any] = {"group": np.repeat([0.5, -0.5], len(samples))}
+    masks = [side & (pool.samples == sample) for side in sides for sample in samples]
+    for key in dict.fromkeys([*design.covariates, *known]):
+        values, numbers = read_covariate(pool, key, np.logical_or.reduce(masks))
+        if numbers and not pd.api.types.is_bool_dtype(values):
+            rows[key] = [float(values[mask].mean()) for mask in masks]
+            continue
+        found = [values[mask].unique() for mask in masks]
+        if several := [sample for sample, names in zip([*samples] * 2, found, strict=True) if len(names) > 1]:
+            raise ValueError(
+                f"`covariates` {key!r} has several values within sample {str(several[0])!r}; a number, or one label per sample and "
+                "group, is needed"
+            )
+        rows[key] = [str(names[0]) for names in found]
+    return pd.DataFrame(rows)
+
+
+def read_covariate(pool: SpotData, key: str, used: np.ndarray | slice) -> tuple[pd.Series, bool]:
+    """Return a column at all spots, with cleaned labels, and whether it is numeric; raise if it is not valid at the used spots."""
+    values = pool.obs(key, "covariates")
+    numbers = pd.api.types.is_numeric_dtype(values)
+    values = values if numbers else pd.Series(clean_names(values), dtype=object)
+    if missing := int(values[used].isna().sum()):
+        raise ValueError(
+            f"`covariates` {key!r} has missing values in {missing} spots; fill them, or leave the covariate out"
+        )
+    if not numbers:
+        check_spelling({"": values[used].to_numpy(object)}, "covariates", key)
+    elif infinite := int(np.isinf(values[used].to_numpy(float)).sum()):
+        raise ValueError(
+            f"`covariates` {key!r} is infinite in {infinite} spots; set a finite number, or remove the labels of these spots"
+        )
+    return values, numbers

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from ..._core import validate
 from ..._core.keys import check_key
@@ -107,7 +108,9 @@ def enrichment(
     decoupler = import_decoupler("hg.tl.enrichment")
     check_key(key_added, "key_added")
     if not hasattr(decoupler.mt, method):
-        raise ValueError(f"`method` {method!r} is not a method of decoupler, valid: {_methods(decoupler)}")
+        raise ValueError(
+            f"`method` {method!r} is not a method of decoupler, valid: {sorted(decoupler.mt.show()['name'])}"
+        )
     is_frame = isinstance(data, pd.DataFrame)
     several = is_frame or not (hasattr(data, "tables") or hasattr(data, "obs_names"))
     data = list(data) if several and not is_frame else data
@@ -122,8 +125,7 @@ def enrichment(
         )
     if group is not None:
         wanted = [group] if isinstance(group, str) else list(group)
-        if unknown := sorted(set(wanted) - set(frame["group"])):
-            raise ValueError(f"`group` {unknown} was not tested, valid: {frame['group'].unique().tolist()}")
+        validate.all_in(wanted, frame["group"], "group", "was not tested")
         frame = frame[frame["group"].isin(wanted)]
     sets = read_net(net)
     results = pd.concat(
@@ -160,10 +162,6 @@ def enrichment(
     }
     write_result(targets, "enrichment", key_added, params=params, facts={"results": results})
     return results.copy() if several else None
-
-
-def _methods(decoupler: Any) -> list[str]:
-    return sorted(name for name in decoupler.mt.show()["name"])
 
 
 def _scores(
@@ -214,8 +212,6 @@ def _test_over_samples(
     results: pd.DataFrame, frame: pd.DataFrame, net: pd.DataFrame, record: Mapping[str, Any] | None
 ) -> pd.Series:
     """Test the sets with samples as the unit: adjusted p-values, NaN for fewer than three samples with effects."""
-    from scipy import stats
-
     out = pd.Series(np.nan, index=results.index)
     if record is None:
         return out

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..._core.names import check_spelling, clean_names
+from ... import stats
 from .contrast import MIN_SPOTS, Contrast
 from .depth_check import doubt_over_parts, doubt_over_samples, section_parts
-from .sums import check_finite
-
-if TYPE_CHECKING:
-    from ...stats import CountSums, SampleTest
-    from .design import Design
+from .design import Design, read_covariate
 
 #: Largest weight of a sample, in units of the median weight.
 _MAX_WEIGHT = 4.0
@@ -30,20 +28,26 @@ class Method:
     """Definition of a test of one contrast."""
 
     name: str
-    run: Callable[[Contrast], SampleTest | Outcome]
+    run: Callable[[Contrast], stats.SampleTest | Outcome]
     label: str
     samples: int  # fewest samples with both groups
-    sample_mask: Callable[[Contrast], np.ndarray]
     caution: str = ""  # warning for the user
     min_detected: int = 0  # expected spots of the smaller group in which a tested gene is detected
     squares: bool = False  # uses the variance over spots
     scale: str | None = None
     depth: bool = False  # tests logarithms and adjusts for depth
     moderated: bool = False  # variances moderated over genes; takes a formula
+    unpaired: bool = False  # uses samples with one of the groups too
 
     def takes_depth(self, design: Design) -> bool:
         """Whether the test uses the depth of the spots; sums of counts only use it if a column is named."""
         return self.depth or (self.name == "pseudobulk" and design.depth not in (None, "auto"))
+
+    def samples_in(self, contrast: Contrast) -> np.ndarray:
+        """Mask of the samples that are used, ``(samples,)``."""
+        enough = contrast.counts >= (MIN_SPOTS if self.samples else 1)
+        either = self.unpaired or not self.samples
+        return np.any(enough, axis=0) if either else np.all(enough, axis=0)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Outcome:
     sizes or the adjustment for depth are doubtful, and ``remedy`` is what to do about it.
     """
 
-    test: SampleTest
+    test: stats.SampleTest
     differences: np.ndarray
     logfoldchanges: np.ndarray
     known: np.ndarray | None = None
@@ -67,48 +71,49 @@ def run(method: Method, contrast: Contrast) -> Outcome:
     result = method.run(contrast)
     if isinstance(result, Outcome):
         return result
-    return _logarithms(contrast, result, *(doubt_over_samples(contrast) if method.squares else ("", "")))
+    return _logarithms(contrast, result, *doubt_over_samples(contrast))
 
 
-def _logarithms(contrast: Contrast, test: Any, doubt: str = "", remedy: str = "") -> Outcome:
+def _logarithms(contrast: Contrast, test: stats.SampleTest, doubt: str, remedy: str) -> Outcome:
     """Outcome of a test of logarithms."""
     return Outcome(test, contrast.differences, contrast.fold_changes(test.effect), doubt=doubt, remedy=remedy)
 
 
-def _pseudobulk(contrast: Contrast) -> Outcome:
-    from ...stats import count_differences, paired_moderated_t
+def _moderated_test(contrast: Contrast, differences: np.ndarray, alike: np.ndarray, **more: Any) -> stats.SampleTest:
+    """Moderated t test of the differences of samples, with the terms and thresholds of the design."""
+    design = contrast.design
+    matrix, column = contrast.matrix
+    return stats.paired_moderated_t(
+        differences,
+        alike=alike if design.trend else None,
+        design=matrix,
+        column=column,
+        level=design.confidence_level,
+        robust=design.robust,
+        minimum=design.lfc * np.log(2),
+        **more,
+    )
 
+
+def _pseudobulk(contrast: Contrast) -> Outcome:
     assert contrast.raw is not None
-    found = count_differences(contrast.raw, normalise=contrast.depth is None)
+    found = stats.count_differences(contrast.raw, normalise=contrast.depth is None)
     doubt = _doubt_about_libraries(contrast.raw) if contrast.depth is None else ""
     remedy = "Pass library sizes from spike-ins or unchanged genes as a column: hg.Design(depth=...)"
     known = np.isfinite(found.variances)
     weights = _cap_weights(np.where(known, 1 / np.where(known, found.variances, 1), 0))
-    expected = known.sum(0) / np.maximum(weights.sum(0), 1e-300)
-    matrix, column = contrast.matrix
-    test = paired_moderated_t(
-        found.differences,
-        alike=np.maximum(expected, 1e-30) if contrast.design.trend else None,
-        weights=weights,
-        design=matrix,
-        column=column,
-        level=contrast.design.confidence_level,
-        robust=contrast.design.robust,
-        minimum=contrast.design.lfc * np.log(2),
-        reliable=found.reliable,
-        least=found.least,
-    )
+    expected = np.maximum(known.sum(0) / np.maximum(weights.sum(0), 1e-300), 1e-30)
+    more = {"weights": weights, "reliable": found.reliable, "least": found.least}
+    test = _moderated_test(contrast, found.differences, expected, **more)
     return Outcome(test, found.differences, test.effect / np.log(2), known, doubt, remedy)
 
 
-def _doubt_about_libraries(sums: CountSums) -> str:
+def _doubt_about_libraries(sums: stats.CountSums) -> str:
     """State if library sizes depend on few genes, or if many genes in one direction were left out."""
-    from ...stats import MIN_LIBRARY, library_evidence
-
-    n, share = library_evidence(sums.counts, sums.depth)
-    if n < MIN_LIBRARY:
+    n, share = stats.library_evidence(sums.counts, sums.depth)
+    if n < stats.MIN_LIBRARY:
         return (
-            f"library sizes are estimated from {n} genes with enough counts, but {MIN_LIBRARY} are needed: genes without a difference "
+            f"library sizes are estimated from {n} genes with enough counts, but {stats.MIN_LIBRARY} are needed: genes without a difference "
             "may appear different"
         )
     if abs(share) > _MAX_LEFT_OUT:
@@ -126,18 +131,45 @@ def _cap_weights(weights: np.ndarray) -> np.ndarray:
 
 
 def _deseq2(contrast: Contrast) -> Outcome:
-    from ...stats import count_differences
-    from .deseq2 import deseq2
-
+    """Run PyDESeq2 with the design ``~ sample + side``; effects are natural logarithms."""
+    dds_class, stats_class = import_pydeseq2()
     assert contrast.raw is not None
-    test = deseq2(contrast.raw, level=contrast.design.confidence_level, lfc=contrast.design.lfc)
-    found = count_differences(contrast.raw)
-    return Outcome(test, found.differences, test.effect / np.log(2), np.isfinite(found.variances))
+    n, g = contrast.raw.counts.shape[1:]
+    names = [f"{side}{i}" for side in ("group", "reference") for i in range(n)]
+    rows = pd.DataFrame({"side": ["group"] * n + ["reference"] * n, "sample": [f"s{i}" for i in range(n)] * 2}, names)
+    rounded = np.rint(contrast.raw.counts).astype(int).reshape(2 * n, g)
+    counts = pd.DataFrame(rounded, names, [str(i) for i in range(g)])
+    lfc = contrast.design.lfc
+    null = {"alt_hypothesis": "greaterAbs", "lfc_null": lfc} if lfc else {}
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        fitted = dds_class(counts=counts, metadata=rows, design="~ sample + side", quiet=True, n_cpus=1)
+        fitted.deseq2()
+        tests = stats_class(
+            fitted, contrast=["side", "group", "reference"], independent_filter=False, quiet=True, n_cpus=1, **null
+        )
+        tests.summary()
+    table = tests.results_df.loc[counts.columns].astype(float)
+    effect, error = (table[name].to_numpy() * np.log(2) for name in ("log2FoldChange", "lfcSE"))
+    test = stats.t_test(effect, error, np.inf, contrast.design.confidence_level)
+    test = replace(test, scores=table["stat"].to_numpy(), pvalues=table["pvalue"].to_numpy())
+    found = stats.count_differences(contrast.raw)
+    return Outcome(test, found.differences, effect / np.log(2), np.isfinite(found.variances))
 
 
-def _means(contrast: Contrast) -> SampleTest:
-    from ...stats import paired_moderated_t, variance_components
+def import_pydeseq2() -> tuple[type, type]:
+    """Import PyDESeq2, an optional dependency."""
+    try:
+        from pydeseq2.dds import DeseqDataSet
+        from pydeseq2.ds import DeseqStats
+    except ImportError as error:
+        raise ImportError(
+            "`method` 'deseq2' needs PyDESeq2, which is not installed; pip install 'he2gene_sc[deseq2]'"
+        ) from error
+    return DeseqDataSet, DeseqStats
 
+
+def _means(contrast: Contrast) -> stats.SampleTest:
     assert contrast.spot_variance is not None
     # A constant gene has no variance: give it a small one.
     minimum = max(1e-5 * float(np.median(contrast.spot_variance)), 1e-30)
@@ -148,35 +180,21 @@ def _means(contrast: Contrast) -> SampleTest:
         sampling = sampling + contrast.depth_variance
     weights = None
     if len(np.unique(sampling)) > 1 and len(differences) > 2:
-        between, factor = variance_components(
+        between, factor = stats.variance_components(
             differences / np.sqrt(spot_variance), np.broadcast_to(sampling[:, None], differences.shape)
         )
         weights = _cap_weights((1 / (between + factor * sampling))[:, None])
-    matrix, column = contrast.matrix
-    return paired_moderated_t(
-        differences,
-        alike=spot_variance if contrast.design.trend else None,
-        weights=weights,
-        design=matrix,
-        column=column,
-        level=contrast.design.confidence_level,
-        robust=contrast.design.robust,
-        minimum=contrast.design.lfc * np.log(2),
-    )
+    return _moderated_test(contrast, differences, spot_variance, weights=weights)
 
 
-def _mixed(contrast: Contrast) -> SampleTest:
-    from ...stats import mixed_model
-
+def _mixed(contrast: Contrast) -> stats.SampleTest:
     side, sample = np.nonzero(contrast.counts >= MIN_SPOTS)
     table = cell_covariates(contrast, side, sample) if contrast.design.covariates else None
     means = contrast.means if contrast.shift is None else contrast.means - contrast.shift
-    return mixed_model(means[side, sample], side == 0, sample, table, level=contrast.design.confidence_level)
+    return stats.mixed_model(means[side, sample], side == 0, sample, table, level=contrast.design.confidence_level)
 
 
 def _ppi(contrast: Contrast) -> Outcome:
-    from ...stats import MIN_PVALUES, prediction_powered_mean
-
     known = contrast.measured
     assert known is not None
     both = known.samples[known.paired]
@@ -188,15 +206,15 @@ def _ppi(contrast: Contrast) -> Outcome:
             f"`method` 'ppi' needs at least 3 measured and 2 more predicted samples with both groups; found "
             f"{len(both)} and {int(only.sum())}"
         )
-    if len(both) < MIN_PVALUES:
+    if len(both) < stats.MIN_PVALUES:
         warnings.warn(
-            f"method 'ppi' has {len(both)} measured samples, but p-values need {MIN_PVALUES}: pvals are NaN; ci_low and ci_high are valid",
+            f"method 'ppi' has {len(both)} measured samples, but p-values need {stats.MIN_PVALUES}: pvals are NaN; ci_low and ci_high are valid",
             UserWarning,
             stacklevel=5,
         )
     rows = pd.Index(known.samples[known.paired]).get_indexer(both)
     predicted = contrast.differences
-    test = prediction_powered_mean(
+    test = stats.prediction_powered_mean(
         known.differences[rows],
         predicted[samples.get_indexer(both)],
         predicted[only],
@@ -207,15 +225,13 @@ def _ppi(contrast: Contrast) -> Outcome:
     return Outcome(test, predicted, contrast.fold_changes(test.effect), used)
 
 
-def _spatial(contrast: Contrast) -> Outcome:
-    from ...stats import spatial_test
-
+def _spatial(contrast: Contrast) -> stats.SampleTest | Outcome:
     if contrast.pool.xy is None:
         raise ValueError("`data` has no obsm['spatial'], but method 'spatial' needs spot centres")
     chosen = contrast.inside | contrast.outside
     sections = np.unique(contrast.pool.units[chosen].astype(str), return_inverse=True)[1]
     values, xy = contrast.pool.values(chosen, contrast.genes), contrast.pool.xy[chosen]
-    test = spatial_test(
+    test = stats.spatial_test(
         values,
         contrast.inside[chosen],
         xy,
@@ -225,47 +241,34 @@ def _spatial(contrast: Contrast) -> Outcome:
         level=contrast.design.confidence_level,
     )
     if contrast.depth is None:
-        return _logarithms(contrast, test)
+        return test
     parts = section_parts(contrast.inside[chosen], xy, sections)
     doubt = doubt_over_parts(values, contrast.inside[chosen], contrast.depth[chosen], parts, test)
     return _logarithms(contrast, test, *doubt)
 
 
-def _wilcoxon(contrast: Contrast) -> SampleTest:
-    from ...stats import SampleTest, wilcoxon_test
-
+def _wilcoxon(contrast: Contrast) -> stats.SampleTest:
     chosen = contrast.inside | contrast.outside
-    scores, pvalues = wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
+    scores, pvalues = stats.wilcoxon_test(contrast.pool.values(chosen, contrast.genes), contrast.inside[chosen])
     unknown = np.full(len(scores), np.nan)
-    return SampleTest(contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown)
-
-
-def _paired_samples(contrast: Contrast) -> np.ndarray:
-    return contrast.paired
-
-
-def _samples_with_either(contrast: Contrast) -> np.ndarray:
-    return np.any(contrast.counts >= MIN_SPOTS, axis=0)
-
-
-def _all_samples(contrast: Contrast) -> np.ndarray:
-    return np.any(contrast.counts > 0, axis=0)
+    return stats.SampleTest(
+        contrast.pooled_means[0] - contrast.pooled_means[1], unknown, unknown, scores, pvalues, unknown
+    )
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, _paired_samples, scale="counts", moderated=True),
-        Method("deseq2", _deseq2, "deseq2", 2, _paired_samples, scale="counts"),
-        Method("means", _means, "means", 2, _paired_samples, squares=True, scale="log", depth=True, moderated=True),
-        Method("mixed", _mixed, "mixed", 2, _samples_with_either, squares=True, depth=True),
-        Method("ppi", _ppi, "ppi", 5, _paired_samples),
+        Method("pseudobulk", _pseudobulk, "pseudobulk", 2, scale="counts", moderated=True),
+        Method("deseq2", _deseq2, "deseq2", 2, scale="counts"),
+        Method("means", _means, "means", 2, squares=True, scale="log", depth=True, moderated=True),
+        Method("mixed", _mixed, "mixed", 2, squares=True, depth=True, unpaired=True),
+        Method("ppi", _ppi, "ppi", 5),
         Method(
             "spatial",
             _spatial,
             "spatial",
             0,
-            _all_samples,
             "method 'spatial' tests whether groups differ in these sections, given spatial autocorrelation; the result does not "
             "generalise to other patients",
             min_detected=3,
@@ -276,7 +279,6 @@ METHODS = {
             _wilcoxon,
             "wilcoxon (naive)",
             0,
-            _all_samples,
             "method 'wilcoxon' treats neighbouring spots as independent: its p-values are far too small. Use it only for comparison "
             "with scanpy",
         ),
@@ -288,8 +290,8 @@ def spot_covariates(contrast: Contrast, chosen: np.ndarray) -> np.ndarray | None
     """Return log depth and covariates of the chosen spots, ``(m, c)``; ``None`` if there are none."""
     columns = [] if contrast.depth is None else [contrast.depth[chosen]]
     for key in contrast.design.covariates:
-        values, numbers = _read_covariate(contrast, key, chosen)
-        columns += [values.to_numpy(float)] if numbers else _indicators(values)
+        values, numbers = read_covariate(contrast.pool, key, chosen)
+        columns += [values[chosen].to_numpy(float)] if numbers else _indicators(values[chosen])
     return np.column_stack(columns) if columns else None
 
 
@@ -297,7 +299,7 @@ def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) ->
     """Covariates of sample × group means: means of numbers, and indicators of labels (one label per sample)."""
     columns: list[Any] = []
     for key in contrast.design.covariates:
-        values, numbers = _read_covariate(contrast, key)
+        values, numbers = read_covariate(contrast.pool, key, slice(None))
         if numbers:
             masks = (contrast.inside, contrast.outside)
             cells = [
@@ -313,22 +315,6 @@ def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) ->
             )
         columns += _indicators(per_sample["first"].reindex(contrast.samples[sample]))
     return np.array(columns).reshape(len(columns), len(side)).T
-
-
-def _read_covariate(contrast: Contrast, key: str, chosen: np.ndarray | slice = slice(None)) -> tuple[pd.Series, bool]:
-    """Return the column, with cleaned labels, and whether it is numeric."""
-    values = contrast.pool.obs(key, "covariates")[chosen]
-    numbers = pd.api.types.is_numeric_dtype(values)
-    values = values if numbers else pd.Series(clean_names(values), dtype=object)
-    if values.isna().any():
-        raise ValueError(
-            f"`covariates` {key!r} has missing values in {int(values.isna().sum())} spots; fill them, or leave the covariate out"
-        )
-    if numbers:
-        check_finite(values, key)
-    else:
-        check_spelling({"": values.to_numpy(object)}, "covariates", key)
-    return values, numbers
 
 
 def _indicators(labels: pd.Series) -> list[np.ndarray]:

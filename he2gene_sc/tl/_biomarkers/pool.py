@@ -6,12 +6,14 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy.sparse import issparse
 
+from ..._core import validate
 from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots
 from ..._core.expression import Scale, count_totals, log_expression
 from ..._core.genes import find_genes
@@ -21,9 +23,6 @@ from ..._core.matrix import blocks_of, matrix_of
 from ..._core.names import clean_samples
 from ..._core.predictions import prediction_of
 from ..._core.spots import SpotData
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 #: Usual names of ``obs`` columns with patients.
 _PATIENT_COLUMNS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
@@ -40,9 +39,7 @@ def labelled_spots(
     """Keep the labelled spots that have values, and raise if the values are not valid."""
     layer = spots.layer
     for table in spots.tables:
-        if table.var_names.has_duplicates:
-            duplicates = table.var_names[table.var_names.duplicated()][:3].tolist()
-            raise ValueError(f"`data`: duplicate genes in var_names, for example {duplicates}")
+        validate.unique(table.var_names, "data", "genes of var_names")
         blocks = blocks_of(matrix_of(table, layer))
         if table.n_obs * table.n_vars and all(not issparse(block) and np.isnan(block).all() for _, block in blocks):
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")

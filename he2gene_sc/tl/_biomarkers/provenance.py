@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from ..._core.expression import Scale, log_expression
 from ..._core.genes import find_genes
@@ -16,9 +17,6 @@ from ..._core.names import clean_names
 from ..._core.ownership import is_prediction, is_record_of
 from ..._core.predictions import prediction_of
 from ..._core.spots import SpotData
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
@@ -90,20 +88,20 @@ def _determined_share(tables: Sequence[AnnData], groupby: str, name: str) -> flo
     return float(share) if share - most > 0.8 * (1 - most) else 0.0
 
 
-def reliable_genes(tables: Sequence[AnnData], layer: str | None) -> pd.Series | None:
-    """Whether the model cards call a gene reliable in every table; ``None`` for measured values."""
-    out = None
+def are_reliable(names: pd.Series, tables: Sequence[AnnData], layer: str | None) -> np.ndarray:
+    """Whether the model cards call genes reliable in every table, ``(g,)``; measured values are."""
+    first = None
     for table in tables:
         key = prediction_of(table, layer)
         if key is None:
             continue
         name = Keys(key).reliable
         flags = table.var[name].astype(bool) if name in table.var else pd.Series(False, index=table.var_names)
-        if out is None:
-            out = flags
-            continue
-        out &= np.append(flags.to_numpy(), False)[find_genes(out.index, flags.index)]
-    return None if out is None else out.rename(index=str)
+        if first is None:
+            first = flags
+        else:
+            first &= np.append(flags.to_numpy(), False)[find_genes(first.index, flags.index)]
+    return np.ones(len(names), bool) if first is None else first.rename(index=str).reindex(names).to_numpy(bool)
 
 
 def measured_part(

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..._core.slide import mean_colours
 from ..._core.spots import SpotData
-from .sums import depth_of
+from .contrast import depth_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -58,16 +58,14 @@ def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[st
     for group in groups:
         inside = spots.labels == group
         outside = (spots.labels == reference) if reference != "rest" else ~inside
+        masks = [spots.samples == sample for sample in pd.unique(pd.Series(spots.samples))]
+        pairs = [(np.flatnonzero(inside & mask), np.flatnonzero(outside & mask)) for mask in masks]
+        pairs = [(a, b) for a, b in pairs if len(a) and len(b)]
         for name in rows:
-            gaps = []
-            for sample in pd.unique(pd.Series(spots.samples)):
-                a, b = (np.flatnonzero(part & (spots.samples == sample)) for part in (inside, outside))
-                if len(a) and len(b):
-                    gaps.append(
-                        _position_gap(spots, a, b)
-                        if name == COORDINATES
-                        else by_spot[name][a].mean() - by_spot[name][b].mean()
-                    )
+            if name == COORDINATES:
+                gaps = [_position_gap(spots, a, b) for a, b in pairs]
+            else:
+                gaps = [by_spot[name][a].mean() - by_spot[name][b].mean() for a, b in pairs]
             rows[name][group] = float(np.mean(gaps)) if gaps else np.nan
     return pd.DataFrame(rows).T
 

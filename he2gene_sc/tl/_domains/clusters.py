@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import scanpy as sc
 import scipy.sparse
+from anndata import AnnData
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
 
 from ...stats._baselines import position
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 #: Number of principal components for clustering, and of neighbours in their space (scanpy's default).
 N_PCS = 20
@@ -26,8 +27,6 @@ _RESOLUTIONS, _STEPS = (1e-3, 20.0), 25
 
 def embed(expression: np.ndarray) -> np.ndarray:
     """First principal components of log expression ``(n, g)``, by scanpy: ``(n, k)`` float32."""
-    import scanpy as sc
-
     n_pcs = min(N_PCS, *(size - 1 for size in expression.shape))
     return np.asarray(sc.pp.pca(np.asarray(expression, np.float32), n_comps=n_pcs, random_state=0), np.float32)
 
@@ -38,14 +37,9 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
     The resolution of Leiden is bisected until the number of clusters is right or as close as possible.
     """
     if method == "kmeans":
-        from sklearn.cluster import KMeans
-
         return [
             KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(features).astype(np.int64) for seed in seeds
         ]
-    import scanpy as sc
-    from anndata import AnnData
-
     table = AnnData(np.asarray(features, np.float32))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -73,8 +67,6 @@ def _approximate_search(n_neighbors: int) -> Any:
 
 def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
     """Leiden clusters with a resolution found by bisection on a logarithmic scale."""
-    import scanpy as sc
-
     low, high = np.log(_RESOLUTIONS)
     tried: list[np.ndarray] = []
     for _ in range(_STEPS):
@@ -98,8 +90,6 @@ def _leiden(table: AnnData, n_clusters: int, seed: int) -> np.ndarray:
 
 def medoid(labelings: list[np.ndarray]) -> int:
     """Index of the clustering with the highest mean adjusted Rand index with the others; the first of ties."""
-    from sklearn.metrics import adjusted_rand_score
-
     total = [sum(adjusted_rand_score(a, b) for b in labelings) for a in labelings]
     return int(np.argmax(np.round(total, 12)))
 

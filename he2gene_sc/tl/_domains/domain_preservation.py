@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from ... import stats
 from ..._core import validate
 from ..._core.duplicates import check_duplicate_sections, warn_of_copy
 from ..._core.expression import Scale
@@ -19,10 +20,9 @@ from ..._core.predictions import prediction_of
 from ..._core.results import write_result
 from ..._core.slide import mean_colours
 from ..._core.spots import get_table, read_spots, spots_of
-from ...stats import MIN_OVERLAP
 from . import inputs
 from .clusters import CLUSTERINGS, cluster, embed, explained_part, medoid, position_features
-from .scores import GENE_INDEPENDENT, Labels, Section, codes_of, moran_agreement, score
+from .scores import GENE_INDEPENDENT, Labels, codes_of, moran_agreement, score
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -30,18 +30,10 @@ if TYPE_CHECKING:
 
 _VERB = "domain_preservation"
 #: Colours of domains without colours in ``uns``; below, colours of clusters that match no domain.
-_PALETTE = [
-    "#d62728",
-    "#2ca02c",
-    "#1f77b4",
-    "#ffdd57",
-    "#9467bd",
-    "#ff7f0e",
-    "#17becf",
-    "#e377c2",
-    "#8c564b",
-    "#bcbd22",
-]
+_PALETTE = (
+    *("#d62728", "#2ca02c", "#1f77b4", "#ffdd57", "#9467bd"),
+    *("#ff7f0e", "#17becf", "#e377c2", "#8c564b", "#bcbd22"),
+)
 _UNMATCHED = ["#7f7f7f", "#b0b0b0", "#505050", "#d0d0d0", "#303030"]
 
 
@@ -153,7 +145,12 @@ def domain_preservation(
     True
     """
     validate.arguments(domain_preservation, locals())
-    _check(n_domains, n_seeds, n_perms, clustering, key_added)
+    check_key(key_added, "key_added")
+    if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
+        raise ValueError(f"`n_domains` is {n_domains!r}; it must be 'match' or a whole number of at least 2")
+    validate.whole_number(n_seeds, "n_seeds")
+    validate.whole_number(n_perms, "n_perms")
+    validate.one_of(clustering, CLUSTERINGS, "clustering")
     spots = read_spots(
         get_table(data, table_key, layer=layer),
         domain_key,
@@ -221,7 +218,7 @@ def domain_preservation(
             "section_key": section_key,
             "clustering": clustering,
             "seed": seed,
-            "min_overlap": MIN_OVERLAP,
+            "min_overlap": stats.MIN_OVERLAP,
         },
         facts={"genes": np.array(used), "table": _add_summary(pd.DataFrame(rows))},
         obs=columns,
@@ -233,28 +230,14 @@ def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -
     """Raise if all spots of a section have the same expression, before any section is clustered."""
     for parameter, values in given.items():
         for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
-            block = None if values is None else values[rows]
-            if block is None or not (known := np.isfinite(block).all(axis=1)).any():
-                continue
-            if known.sum() > 1 and not np.ptp(block[known], axis=0).any():
-                what = (
-                    "has no counts of the chosen genes"
-                    if not block[known].any()
-                    else "has the same values at all spots"
-                )
+            block = np.empty((0, 0)) if values is None else values[rows]
+            block = block[np.isfinite(block).all(axis=1)]
+            if len(block) > 1 and not np.ptp(block, axis=0).any():
+                what = "has the same values at all spots" if block.any() else "has no counts of the chosen genes"
                 raise ValueError(
                     f"`{parameter}`: section {section!r} {what} and cannot be clustered; leave the section out, or "
                     "name a layer that was measured there"
                 )
-
-
-def _check(n_domains: Any, n_seeds: int, n_perms: int, clustering: str, key_added: str) -> None:
-    check_key(key_added, "key_added")
-    if n_domains != "match" and not (validate.is_whole(n_domains) and n_domains >= 2):
-        raise ValueError(f"`n_domains` is {n_domains!r}; it must be 'match' or a whole number of at least 2")
-    for name, value in (("n_seeds", n_seeds), ("n_perms", n_perms)):
-        validate.whole_number(value, name)
-    validate.one_of(clustering, CLUSTERINGS, "clustering")
 
 
 @dataclass(frozen=True)
@@ -278,31 +261,27 @@ def _score_section(
     section: str,
 ) -> tuple[list[dict[str, Any]], np.ndarray, dict[str, np.ndarray]] | None:
     """Rows of the table, the clustered spots, and their representative clusters; ``None`` if the section is skipped."""
-    from ...stats import admissible_shifts
-
     seeds, clustering = settings.seeds, settings.method
+    spaces = {**spaces, "coordinates": xy}
     # A spot outside the image has no colour, but may have measured values.
     needed = [spaces[name][members] for name in spaces if name not in GENE_INDEPENDENT]
     known = np.all([np.isfinite(values).all(axis=1) for values in needed], axis=0)
     spots = members[known]
     labelled = codes[spots] >= 0
-    n = len(np.unique(codes[spots][labelled])) if settings.n_domains == "match" else int(settings.n_domains)
-    if len(np.unique(codes[spots][labelled])) < 2:
+    n_found = len(np.unique(codes[spots][labelled]))
+    if n_found < 2:
         warnings.warn(f"section {section!r} has fewer than two domains and is skipped", UserWarning, stacklevel=3)
         return None
+    n = n_found if settings.n_domains == "match" else int(settings.n_domains)
     if n >= len(spots):
         raise ValueError(f"`n_domains` is {n}, but section {section!r} has {len(spots)} spots; pass a smaller number")
-    shifts = admissible_shifts(xy[spots][labelled], n_max=settings.n_perms, seed=seeds[0])
-    if not len(shifts):
+    shifts = stats.admissible_shifts(xy[spots][labelled], n_max=settings.n_perms, seed=seeds[0])
+    if len(shifts) < 20:
         warnings.warn(
-            f"section {section!r}: no p-value, since no shift moves {MIN_OVERLAP:.0%} of the labelled spots onto other spots (the "
+            f"section {section!r} has only {len(shifts)} admissible shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}"
+            if len(shifts)
+            else f"section {section!r}: no p-value, since no shift moves {stats.MIN_OVERLAP:.0%} of the labelled spots onto other spots (the "
             "positions are not on a lattice, there are too few, or too many between them have no label)",
-            UserWarning,
-            stacklevel=3,
-        )
-    elif len(shifts) < 20:
-        warnings.warn(
-            f"section {section!r} has only {len(shifts)} admissible shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}",
             UserWarning,
             stacklevel=3,
         )
@@ -311,9 +290,11 @@ def _score_section(
         if name in spaces:
             features = embed(spaces[name][spots])
             kinds.append(Labels(name, cluster(features, n, seeds, clustering), features))
-    for name, values in [(name, xy if name == "coordinates" else spaces.get(name)) for name in GENE_INDEPENDENT]:
-        if values is not None and np.isfinite(values[spots]).all():
-            x = _standardise(values[spots])
+    for name in GENE_INDEPENDENT:
+        if name in spaces and np.isfinite(x := spaces[name][spots]).all():
+            # Scale all axes by one number, so that distances on the tissue and between colours keep their proportions.
+            x = x - x.mean(0)
+            x = x / (x.std() or 1)
             part = explained_part(position_features(x) if name == "coordinates" else x, kinds[0].features)
             parts = None if part is None else cluster(part, n, seeds, clustering)
             kinds.append(Labels(name, cluster(x, n, seeds, clustering), parts=parts))
@@ -332,26 +313,18 @@ def _score_section(
             UserWarning,
             stacklevel=3,
         )
-    lines = list(score(Section(xy[spots], codes[spots], shifts, seeds[0]), kinds))
+    lines = list(score(xy[spots], codes[spots], shifts, seeds[0], kinds))
     if "predicted" in spaces and "measured" in spaces:
         lines.append(moran_agreement(xy[spots], spaces["predicted"][spots], spaces["measured"][spots]))
     kept = {k.name: k.labelings[medoid(k.labelings)] for k in kinds if k.name in ("predicted", "measured")}
     return lines, spots, kept
 
 
-def _standardise(values: np.ndarray) -> np.ndarray:
-    """Scale all axes by one number, so that distances on the tissue and between colours keep their proportions."""
-    centred = values - values.mean(0)
-    return centred / (centred.std() or 1)
-
-
 def _name_clusters(codes: np.ndarray, clusters: np.ndarray, names: list[str]) -> np.ndarray:
     """Cluster name of each spot: ``"~name"`` of the matched domain, else ``"unmatched i"``."""
-    from ...stats import match
-
     labelled = codes >= 0
     matched = np.full(clusters.max() + 1, -1)
-    pairs = match(codes[labelled], clusters[labelled])
+    pairs = stats.match(codes[labelled], clusters[labelled])
     matched[: len(pairs)] = pairs
     numbers = iter(range(1, len(matched) + 1))
     cluster_names = [f"~{names[domain]}" if domain >= 0 else f"unmatched {next(numbers)}" for domain in matched]

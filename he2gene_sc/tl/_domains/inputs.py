@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 
 from ..._core import validate
 from ..._core.duplicates import check_duplicate_spots
@@ -17,9 +17,6 @@ from ..._core.keys import Keys
 from ..._core.matrix import matrix_of
 from ..._core.predictions import prediction_of, symbols_of
 from ..._core.spots import SpotData, unique_section_names
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 #: Fewest spots of a domain in a section; smaller domains are left out there.
 MIN_SPOTS = 3
@@ -80,29 +77,27 @@ def genes(
 ) -> tuple[list[str], np.ndarray | None, np.ndarray | None]:
     """Names of the genes, and their predicted and measured log expression (``None`` if not available)."""
     validate.unique(table.var_names, "data", "genes of var_names")
+    key = prediction_of(table, layer)
+    reliable = "" if layer is None else Keys(key or layer).reliable
+    columns = np.arange(table.n_vars)
     if given is not None:
         given = validate.names(given, "genes", one=True)
-        found = columns_of(table, given, _symbols(table, layer))
-        unknown = [name for name, column in zip(given, found, strict=True) if column < 0]
+        symbols = None if key is None else symbols_of(table, table.uns.get(key, {}), None)
+        columns = columns_of(table, given, symbols)
+        unknown = [name for name, column in zip(given, columns, strict=True) if column < 0]
         if unknown:
             raise ValueError(
                 f"`genes`: {unknown[:5]} are not genes of the table (first of its {table.n_vars} genes: {list(table.var_names[:3])})"
             )
-        if len(set(found)) < len(given):
-            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(found).duplicated()][0]!r} is given twice")
-        given = table.var_names[found].tolist()
-    reliable = "" if layer is None else Keys(prediction_of(table, layer) or layer).reliable
-    if given is not None:
-        names = given
+        if len(set(columns)) < len(given):
+            raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(columns).duplicated()][0]!r} is given twice")
     elif reliable in table.var:
-        names = table.var_names[table.var[reliable].astype(bool)].tolist()
-        if len(names) < 2:
+        columns = np.flatnonzero(table.var[reliable].astype(bool))
+        if len(columns) < 2:
             raise ValueError(
-                f"`genes`: {len(names)} genes are reliable, at least 2 are needed; pass genes=[...] to use unreliable ones"
+                f"`genes`: {len(columns)} genes are reliable, at least 2 are needed; pass genes=[...] to use unreliable ones"
             )
-    else:
-        names = table.var_names.tolist()
-    columns = table.var_names.get_indexer(names)
+    names = table.var_names[columns]
     predicted = measured_values = None
     if layer is not None:
         predicted = log_expression(
@@ -111,7 +106,7 @@ def genes(
             genes=columns,
             scale=layer_scale,
             expected="log",
-            predicted=prediction_of(table, layer) is not None,
+            predicted=key is not None,
         )
     if has_measured:
         measured_values = log_expression(
@@ -132,22 +127,14 @@ def genes(
         # Drop a gene that some sections lack rather than their spots; spots without any gene are outside the image.
         known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
     if given is not None and not known.all():
-        lost = [name for name, is_known in zip(names, known, strict=True) if not is_known]
-        raise ValueError(f"`genes`: {lost[:5]} are NaN at every spot")
+        raise ValueError(f"`genes`: {names[~known][:5].tolist()} are NaN at every spot")
     if given is None and reliable not in table.var and known.sum() > N_VARIABLE:
         spread = np.nanvar(available[-1], axis=0)
         known[np.argsort(-np.where(known, spread, -1), kind="stable")[N_VARIABLE:]] = False
     if known.sum() < 2:
         raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
-    chosen = [name for name, is_known in zip(names, known, strict=True) if is_known]
     predicted, measured_values = (None if v is None else v[:, known] for v in (predicted, measured_values))
-    return chosen, predicted, measured_values
-
-
-def _symbols(table: AnnData, layer: str | None) -> str | None:
-    """Column of symbols that the prediction used."""
-    key = prediction_of(table, layer)
-    return symbols_of(table, table.uns.get(key, {}), None) if key is not None else None
+    return names[known].tolist(), predicted, measured_values
 
 
 def depth(table: AnnData, measured: str | None, scale: Scale) -> np.ndarray | None:

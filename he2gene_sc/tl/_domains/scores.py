@@ -5,22 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy.stats import spearmanr
 
 from ..._core import logs
-from ...stats import ShiftTest, agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from ..._core.spots import pitch_of
+from ...stats import agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
 
 #: Permutations of squidpy's neighbourhood enrichment, its default.
 _ENRICHMENT_PERMS = 1000
 #: Radius of neighbours in pitches: eight on a square lattice, six on a hexagonal one.
 _RADIUS = 1.5
-
-
 #: References that do not depend on genes; a prediction should be better than these.
 GENE_INDEPENDENT = ("depth", "mean colour", "coordinates")
 
@@ -36,43 +35,30 @@ class Labels:
     parts: list[np.ndarray] | None = None  # clusters of the part of the prediction that a reference explains
 
 
-@dataclass(frozen=True)
-class Section:
-    """Spots of a section: centres ``(n, 2)``, codes of their domains ``(n,)`` (-1: none) and shifts of the labelled spots."""
+def score(
+    xy: np.ndarray, domains: np.ndarray, shifts: np.ndarray, seed: int, kinds: list[Labels]
+) -> Iterator[dict[str, Any]]:
+    """Yield rows of the table: scores of all labels against the domains, and of predicted against measured clusters.
 
-    xy: np.ndarray
-    domains: np.ndarray
-    shifts: np.ndarray
-    seed: int
-
-    @property
-    def labelled(self) -> np.ndarray:
-        """Mask ``(n,)`` of spots with a domain."""
-        return self.domains >= 0
-
-
-def score(section: Section, kinds: list[Labels]) -> Iterator[dict[str, Any]]:
-    """Yield rows of the table: scores of all labels against the domains, and of predicted against measured clusters."""
-    labelled = section.labelled
-    xy, domains = section.xy[labelled], codes_of(section.domains[labelled])
-    enrichment = Enrichment(xy, section.seed)
+    ``domains`` ``(n,)`` are codes, -1 for spots without a domain; ``shifts`` are of the labelled spots.
+    """
+    labelled = domains >= 0
+    xy, domains = xy[labelled], codes_of(domains[labelled])
+    enrichment = Enrichment(xy, seed)
     yield from _coherence(xy, Labels("domains", [domains]))
     labelings = {kind.name: [codes_of(labels[labelled]) for labels in kind.labelings] for kind in kinds}
     parts = {kind.name: [codes_of(labels[labelled]) for labels in kind.parts] for kind in kinds if kind.parts}
-    better = _compare_with_references(domains, labelings, parts, section.shifts)
+    better = _compare_with_references(domains, labelings, parts, shifts)
     for kind in kinds:
         kept = labelings[kind.name]
-        for row in _compare(kind, "domains", [domains] * len(kept), kept, section.shifts, enrichment):
+        for row in _compare(kind, "domains", [domains] * len(kept), kept, shifts, enrichment):
             yield row | better.get(kind.name, {}) if row["score"] == "ari" else row
         if kind.features is not None:
             yield _row(kind, "domains", "silhouette", [silhouette(kind.features[labelled], domains)])
         yield from _coherence(xy, Labels(kind.name, kept, trained_on_labels=kind.trained_on_labels))
-    by_name = {kind.name: kind for kind in kinds}
-    if "predicted" in by_name and "measured" in by_name:
-        measured, predicted = (
-            [codes_of(labels[labelled]) for labels in by_name[name].labelings] for name in ("measured", "predicted")
-        )
-        yield from _compare(by_name["predicted"], "measured", measured, predicted, section.shifts, enrichment)
+    if {"predicted", "measured"} <= labelings.keys():
+        pair = labelings["measured"], labelings["predicted"]
+        yield from _compare(Labels("predicted", []), "measured", *pair, shifts, enrichment)
 
 
 def _compare_with_references(
@@ -88,21 +74,17 @@ def _compare_with_references(
     references = [kind for kind in GENE_INDEPENDENT if kind in labelings]
     if name is None or not references:
         return {}
-    own = _shift_test(domains, labelings[name], shifts)
+    own = shift_test([domains] * len(labelings[name]), labelings[name], shifts)
     rows: dict[str, dict[str, float]] = {}
     for kind in references:
         opponents = [labelings[kind], *([parts[kind]] if kind in parts else [])]
-        tests = [_shift_test(domains, opponent, shifts) for opponent in opponents]
+        tests = [shift_test([domains] * len(opponent), opponent, shifts) for opponent in opponents]
         gaps = [own.observed - test.observed for test in tests]
         beyond = [(own.null - test.null >= gap - 1e-12).sum() for test, gap in zip(tests, gaps, strict=True)]
         p = float((max(beyond) + 1) / (len(shifts) + 1)) if len(shifts) else np.nan
         rows[kind] = {"difference": gaps[0], "pval_better": p}
     rows[name] = {"pval_better": max(row["pval_better"] for row in rows.values())}
     return rows
-
-
-def _shift_test(domains: np.ndarray, labelings: list[np.ndarray], shifts: np.ndarray) -> ShiftTest:
-    return shift_test([domains] * len(labelings), labelings, shifts)
 
 
 def _compare(
@@ -116,17 +98,10 @@ def _compare(
     """Agreement of pairs of labels for every seed, and the test of the adjusted Rand index."""
     values = [agreement(a, b) for a, b in zip(domains, clusterings, strict=True)]
     test = shift_test(domains, clusterings, shifts)
+    null_mean = float(test.null.mean()) if len(shifts) else np.nan
+    tested = {"pval": test.p_value, "n_shifts": len(shifts), "null_mean": null_mean}
     for name in values[0]:
-        tested = (
-            {
-                "pval": test.p_value,
-                "n_shifts": len(shifts),
-                "null_mean": float(test.null.mean()) if len(shifts) else np.nan,
-            }
-            if name == "ari"
-            else {}
-        )
-        yield _row(kind, against, name, [value[name] for value in values], **tested)
+        yield _row(kind, against, name, [value[name] for value in values], **(tested if name == "ari" else {}))
     scores = []
     for a, b in zip(domains, clusterings, strict=True):
         matched = match(a, b)
@@ -146,8 +121,6 @@ def _coherence(xy: np.ndarray, kind: Labels) -> Iterator[dict[str, Any]]:
 
 def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
     """Spearman correlation over genes of Moran's I (squidpy) of predicted and measured expression."""
-    from scipy.stats import spearmanr
-
     a, b = moran(xy, predicted), moran(xy, measured)
     finite = np.isfinite(a) & np.isfinite(b)
     value = spearmanr(a[finite], b[finite]).statistic if finite.sum() > 2 else np.nan
@@ -178,8 +151,6 @@ class Enrichment:
 
     def scores(self, labels: np.ndarray) -> np.ndarray:
         """z-scores ``(k, k)`` between labels (codes from 0)."""
-        import pandas as pd
-
         sq = logs.import_squidpy()
         key = labels.tobytes()
         if key not in self._cache:
@@ -204,10 +175,6 @@ class Enrichment:
 
 def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
     """Table with squidpy's graph of neighbours within 1.5 pitches."""
-    from anndata import AnnData
-
-    from ..._core.spots import pitch_of
-
     sq = logs.import_squidpy()
     table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
     # squidpy logs every graph through this logger.

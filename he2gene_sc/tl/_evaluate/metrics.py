@@ -22,7 +22,7 @@ from ...stats import (
     spearman,
     ssim_on_grid,
 )
-from ...stats._blocks import column_blocks
+from ...stats._accuracy import column_blocks
 from ...training._predictability import mean_by_patient
 from .aligned import AlignedExpression
 from .baselines import Predictor
