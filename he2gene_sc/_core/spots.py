@@ -248,7 +248,7 @@ def read_spots(
 
     ``parameter`` is the public name of ``label_key``. With ``samples_needed``, each of several objects has to name its samples.
     """
-    tables = tuple(get_table(item, table_key, layer=layer) for item in objects_in(data))
+    tables = [get_table(item, table_key, layer=layer) for item in objects_in(data)]
     lacking = [i for i, table in enumerate(tables) if not has_samples(table, sample_key)]
     if samples_needed and lacking and len(tables) > 1:
         raise ValueError(
@@ -276,7 +276,7 @@ def read_spots(
         )
     places = all("spatial" in table.obsm for table in tables)
     return SpotData(
-        tables=tables,
+        tables=tuple(tables),
         rows=tuple(np.arange(table.n_obs) for table in tables),
         labels=np.concatenate(labels),
         samples=np.concatenate(samples),
