@@ -377,6 +377,8 @@ def main(template, modes, stride=1):
     import he2gene_sc.io._save  # noqa: F401
 
     dask.config.set(scheduler="synchronous")
+    # Power cuts are simulated, so nothing has to reach the disk.
+    os.fsync = lambda descriptor: None
     program = Program(template, Path(template).parent / f"faults-{modes}")
     # Import all modules of a save once here, and not in each fork.
     status, message = forked(lambda: (look(program.store), save_again(program.store), sorted(sys.modules))[2])
