@@ -170,7 +170,7 @@ def test_memory_does_not_grow_with_the_number_of_sections(monkeypatch):
 
     peak(3)
     # In memory, predictions and counts of 200 genes of a section, in six models and two protocols, would take 1.2 MB.
-    assert (peak(15) - peak(6)) / 9 < 120_000
+    assert (peak(10) - peak(4)) / 6 < 120_000
 
 
 def test_residuals_by_level_are_kept_unless_the_recipe_disables_them():
