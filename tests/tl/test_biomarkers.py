@@ -779,7 +779,7 @@ def test_too_few_samples_suggest_another_method():
 def test_other_types_raise():
     with pytest.raises(TypeError, match="is a str"):
         markers("table")
-    with pytest.raises(TypeError, match="is a int"):
+    with pytest.raises(TypeError, match="holds a int"):
         markers([1])
     with pytest.raises(ValueError, match="`data` is empty"):
         markers([])
