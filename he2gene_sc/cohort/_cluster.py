@@ -48,8 +48,7 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
     cores = CPU_COUNT or 1
     gpus = _gpus() if device in ("auto", "cuda") else []
     if n_workers is None:
-        memory = memory_of_machine()
-        room = cores if memory is None else min(cores, memory // _WORKER_BYTES)
+        room = min(cores, memory_of_machine() // _WORKER_BYTES)
         n_workers = len(gpus) or (room if device in ("auto", "cpu") and not torch.backends.mps.is_available() else 1)
     n_workers = max(1, min(n_workers, n_slides))
     threads = dict.fromkeys(_THREADS, str(max(1, cores // n_workers)))
@@ -77,15 +76,13 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
 
     # dask accepts a logging level, but declares a bool.
     silent: Any = logging.CRITICAL
-    memory = memory_of_machine()
-    share = {} if memory is None else {"memory_limit": memory // len(environments)}
     common = {
         "host": "127.0.0.1",
         "nthreads": 1,
         "dashboard": False,
         "preload": [__name__],
         "silence_logs": silent,
-        **share,
+        "memory_limit": memory_of_machine() // len(environments),
     }
     workers = {i: {"cls": Nanny, "options": {**common, "env": dict(env)}} for i, env in enumerate(environments)}
     # Try a slide on at most two workers, so that a slide that kills its worker does not kill all.

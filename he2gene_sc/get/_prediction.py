@@ -58,7 +58,7 @@ def genes(
     Raises
     ------
     ValueError
-        If there is no prediction.
+        If the table has no prediction.
 
     Examples
     --------
@@ -115,8 +115,8 @@ def expression(
     Raises
     ------
     ValueError
-        If there is no prediction; or if genes must be computed and the model does not know them, another model is given, or the
-        embedding was changed since predict wrote it.
+        If the table has no prediction. If genes are not in its layer, also if the model does not know them, ``model`` is another
+        model, or the embedding was changed since predict wrote it.
 
     See Also
     --------

@@ -62,7 +62,7 @@ def evaluation(
     Raises
     ------
     ValueError
-        If there is no evaluation, ``what`` is unknown, or the annotation was not evaluated.
+        If the table has no evaluation, ``what`` is unknown, or the annotation was not evaluated.
 
     Examples
     --------

@@ -23,7 +23,7 @@ class VariancePrior:
     """Prior of variances: ``scale`` F(df, ``d0``), and ``factor`` times as large for hypervariable genes.
 
     ``scale`` and ``outlier`` are ``(g,)``: the prior variance, and the probability that a gene is hypervariable, given its
-    own variance. ``outlier`` is 0 if there are no such genes.
+    own variance. ``outlier`` is 0 if no gene is hypervariable.
     """
 
     scale: np.ndarray

@@ -36,7 +36,7 @@ def check_sums(n_features: int) -> None:
     """Raise if the sums of squares of features do not fit into memory, with two copies in double precision for the solver."""
     available = memory_of_machine()
     needed = 3 * 8 * n_features**2
-    if available is not None and needed > _USABLE * available:
+    if needed > _USABLE * available:
         raise MemoryError(
             f"{n_features:,} features a spot need {needed / 2**30:.1f} GiB for their sums of squares, "
             f"{available / 2**30:.1f} are free here; use fewer `windows_um` or `stages`, which hg.tl.train takes as "
@@ -47,8 +47,6 @@ def check_sums(n_features: int) -> None:
 def check_memory(encoder: nn.Module, input_px: int, *, patches: int, spots: int, n_genes: int, n_held_out: int) -> None:
     """Raise if a run on the CPU would not fit into memory; the error says what to change."""
     available = memory_of_machine()
-    if available is None:
-        return
     bytes_per_patch = activation_bytes(encoder, input_px) + 16 * input_px**2
     # Weights, gradient, two moments of Adam and the best weights; losses; predicted and measured values.
     fixed = 20 * sum(p.numel() for p in encoder.parameters()) + n_genes * (24 * spots + 8 * n_held_out)

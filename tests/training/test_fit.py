@@ -514,7 +514,7 @@ def test_running_out_of_memory_raises_with_what_to_change(monkeypatch):
                 raise torch.OutOfMemoryError
             return super().forward(x.mean((2, 3)))
 
-    monkeypatch.setattr(_memory, "memory_of_machine", lambda: None)
+    monkeypatch.setattr("he2gene_sc.training._gradient.fit.check_memory", lambda *arguments, **options: None)
     with pytest.raises(RuntimeError, match=r"`patches_at_once`, lower `batch_size` \(it is 16\).*hg.PaperRecipe"):
         fit_network(toy_set(), BASE, Hungry(3, 4), SPEC, **CPU)
 
