@@ -113,8 +113,8 @@ def trained(her2st, tmp_path_factory):
         [her2st("C2"), her2st("C3")],
         annotation_key="annotation",
         genes=hg.GeneSelection(missing_genes_are_zero=True, min_spot_share=0.3),
-        # The windows of tutorial 02, whose patches are encoded once.
-        preset=hg.DefaultRecipe(windows_um=(100, 400)),
+        # The preset of tutorial 02, whose patches are encoded once.
+        preset=hg.DefaultRecipe(windows_um=(100, 400), n_recoloured=0),
         cache=tmp_path_factory.mktemp("features"),
         device="cpu",
     )

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._core.matrix import dense, matrix_of
-from ..tl._train.options import PRESETS, WINDOWS_UM, Classes, GeneSelection, TrainingKeys
+from ..tl._train.options import PRESETS, WINDOWS_UM, Classes, DefaultRecipe, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -262,8 +262,10 @@ def _train(
 ) -> HE2Gene:
     from .. import tl
 
-    own = {"cache": cache} if preset == "default" else {"encoder": _ENCODER}
-    settings = {"preset": preset, "annotation_key": "annotation", "device": device, **own, **options}
+    # Only expression is scored.
+    default = {"preset": DefaultRecipe(n_recoloured=0), "cache": cache}
+    own = default if preset == "default" else {"preset": preset, "encoder": _ENCODER}
+    settings = {"annotation_key": "annotation", "device": device, **own, **options}
     # A list chooses genes; the other settings of the selection stay.
     genes = options.get("genes")
     settings["genes"] = genes if isinstance(genes, GeneSelection) else replace(GENES, genes=genes)

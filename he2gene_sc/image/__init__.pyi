@@ -3,6 +3,7 @@ from ._overview import Darkness, pixels_sha256, read_darkness, read_reduced
 from ._pixels import check_channel_names, check_pixels, reflect_index, to_rgb_uint8
 from ._quality import FAULTS, MIN_TISSUE, faults, tissue_pixels, tissue_share
 from ._reader import PatchBatch, PatchReader
+from ._recolour import RecolouredReader, Recolouring
 
 __all__ = [
     "Darkness",
@@ -11,6 +12,8 @@ __all__ = [
     "MIN_TISSUE",
     "PatchBatch",
     "PatchReader",
+    "RecolouredReader",
+    "Recolouring",
     "Pyramid",
     "ReadPlan",
     "WindowPlan",

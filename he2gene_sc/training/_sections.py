@@ -26,6 +26,7 @@ class Section:
     measured: np.ndarray  # (g,); targets of other genes are empty and ignored
     codes: np.ndarray  # (n,) classes, -1 without a label
     image: dict[str, Any] | None = None  # facts by which a card recognises the image
+    recoloured: tuple[np.ndarray, ...] = ()  # of (n, f), features of recoloured copies, for the annotation
     rings: dict[Any, tuple] = field(default_factory=dict, init=False)  # ring matrices by radii, see find_rings
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages, stage_sizes
 from he2gene_sc.models._network import FeatureExtractor
 from he2gene_sc.stats import calibration_error, pearson
-from he2gene_sc.tl._train.fit import _COLOUR_SHARE, _SYMMETRIES
+from he2gene_sc.tl._train.fit import _COLOUR_SHARE, _SYMMETRIES, recolouring_of
 from he2gene_sc.tl._train.measured import join, read_sections
 from he2gene_sc.tl._train.options import WINDOWS_UM, TrainingKeys
 from he2gene_sc.training import Recipe, feature_weights
@@ -87,12 +87,14 @@ def turned(turn):
     return change
 
 
-def recoloured(patches, window, name):
-    """One draw for a section: all stains weaker or stronger, each a little more, another lamp, another hue."""
-    rng = np.random.default_rng([0, zlib.crc32(name.encode()), 7])
-    strengths = np.exp(rng.uniform(np.log(0.4), np.log(1.5))) * np.exp(rng.normal(0, 0.2, 3))
-    changed = restained(patches, strengths, rng.normal(0, 0.05, 3))
-    return turned(rng.uniform(-0.06, 0.06))(changed, window, name)
+copy_of = cache(recolouring_of)
+
+
+def recoloured(number):
+    def change(patches, window, name):
+        return torch.from_numpy(copy_of(name, number)(patches.numpy()))
+
+    return change
 
 
 #: What is encoded: encoder and change of the patches.
@@ -101,8 +103,10 @@ KINDS = {
     "lite2": ("efficientnet-lite2", None),
     "coarse": ("efficientnet-lite0", degraded),
     "stain": ("efficientnet-lite0", stained),
-    "recoloured": ("efficientnet-lite0", recoloured),
 }
+#: The copies that training reads.
+COPIES = tuple(f"copy {number}" for number in range(hg.DefaultRecipe().n_recoloured))
+KINDS |= {copy: ("efficientnet-lite0", recoloured(number)) for number, copy in enumerate(COPIES)}
 #: Alterations of the tested slides B4 and C5.
 ALTERED = {
     "gamma 0.4": lambda patches, *_: (255 * (patches.float() / 255) ** 0.4).to(torch.uint8),
@@ -222,6 +226,13 @@ def with_features(section, features):
     return changed
 
 
+def with_copies(section, features, name, copies):
+    found = with_features(section, features[name, "plain"])
+    changed = replace(found, recoloured=tuple(features[name, copy][:, 0] for copy in copies))
+    changed.rings.update(section.rings)
+    return changed
+
+
 def smoothed(section):
     """A section whose targets are the mean of a spot's and its neighbours'."""
     (ring,) = rings_of(section.centres_um, ((50.0, 350.0),))
@@ -290,7 +301,9 @@ VARIANTS = {
     "default": DEFAULT,
     "mean of all settings": Ensemble(DEFAULT),
     "one ring": Variant(PLAIN, weights, context=Context(RINGS[:1], RING_WEIGHTS[:1])),
-    "one ring, weight 2": Variant(PLAIN, weights, context=Context(RINGS[:1], (2.0,))),
+    "two rings": Variant(PLAIN, weights, context=Context(RINGS[:2], RING_WEIGHTS[:2])),
+    "two rings, the outer with weight .3": Variant(PLAIN, weights, context=Context(RINGS[:2], (0.7, 0.3))),
+    "one ring, weight 1": Variant(PLAIN, weights, context=Context(RINGS[:1], (1.0,))),
     "rings of twice the weight": Variant(PLAIN, weights, context=Context(RINGS, tuple(2 * w for w in RING_WEIGHTS))),
     "colour with rings": COLOUR,
     "mean of default and colour": Mean(DEFAULT, COLOUR),
@@ -330,14 +343,15 @@ def annotate(sections, features):
         "C5, known, altered": (c5, c5, ALTERED),
     }
     n_classes = 1 + max(int(section.codes.max()) for section in sections.values())
-    print(f"| trained on | colour | C | {' | '.join(cells)} |\n|{'---|' * (len(cells) + 3)}")
-    for kinds in (("plain",), ("plain", "recoloured")):
-        for colour in (1.0, 2.0, 4.0, 8.0):
-            for annotation.STRENGTH in (0.01, 0.03, 0.1):
+    print(f"| copies | colour | C | {' | '.join(cells)} |\n|{'---|' * (len(cells) + 3)}")
+    # No copy, each alone, the first ones, all.
+    for copies in ((), *((copy,) for copy in COPIES), COPIES[:2], COPIES[:3], COPIES):
+        for colour in (2.0, 5.0, 10.0):
+            for annotation.STRENGTH in (0.01, 0.03, 0.05):
                 heads = {}
                 for held_out in {held_out for held_out, _, _ in cells.values()}:
                     train = [name for name in NAMES if name not in held_out]
-                    chosen = [with_features(sections[name], views(*kinds)(features, name)) for name in train]
+                    chosen = [with_copies(sections[name], features, name, copies) for name in train]
                     rows = [np.ones(len(section), bool) for section in chosen]
                     heads[held_out] = annotation.fit_annotation(chosen, rows, weights(colour=colour), n_classes)
                 row = []
@@ -345,9 +359,8 @@ def annotate(sections, features):
                     pairs = [with_features(sections[name], features[name, kind]) for name in tests for kind in tested]
                     row.append(np.mean([agreement(heads[held_out].logits(x), x.codes) for x in pairs], axis=0))
                 texts = [f"{balanced:.2f} ({accuracy:.2f}, {error:.2f})" for balanced, accuracy, error in row]
-                print(
-                    f"| {' and '.join(kinds)} | {colour:g} | {annotation.STRENGTH} | {' | '.join(texts)} |", flush=True
-                )
+                title = ", ".join(copies) or "none"
+                print(f"| {title} | {colour:g} | {annotation.STRENGTH} | {' | '.join(texts)} |", flush=True)
 
 
 def agreement(logits, codes):
@@ -371,7 +384,7 @@ def main():
         SETTINGS[:] = [(float(penalty), None if rank == "none" else int(rank)) for penalty, rank in pairs]
     warnings.simplefilter("ignore")
     if arguments.annotation:
-        annotate(*read(arguments.cache, ["plain", "recoloured", *ALTERED]))
+        annotate(*read(arguments.cache, ["plain", *COPIES, *ALTERED]))
     else:
         compare(*read(arguments.cache, arguments.encode or list(KINDS)[:4]), arguments.variants or VARIANTS)
 

@@ -432,7 +432,7 @@ def test_a_model_trained_on_hbcis_finds_the_tumour_of_another_patient(hbcis_root
     model = hg.tl.train(
         data,
         annotation_key="annotation",
-        preset=hg.DefaultRecipe(windows_um=(150.0,)),
+        preset=hg.DefaultRecipe(windows_um=(150.0,), n_recoloured=0),
         genes=hg.GeneSelection(missing_genes_are_zero=True, n_target_genes=20, ensembl_ids={}),
         device="cpu",
     )

@@ -34,7 +34,7 @@ SMALL = {
     # One window of the paper's three.
     "train.preset": "windows_um = [150.0]\nmax_epochs = 1\nbatch_size = 16\npatches_at_once = 16\n",
 }
-SMALL_DEFAULT = "[train.preset]\nwindows_um = [200.0]\n"
+SMALL_DEFAULT = "[train.preset]\nwindows_um = [200.0]\nn_recoloured = 0\n"
 
 pytestmark = pytest.mark.slow
 

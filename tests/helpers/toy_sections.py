@@ -97,7 +97,10 @@ def arguments(**options):
 
 
 def train(sections, **options):
+    """Train a toy model, by default with one recoloured copy of each section."""
     options = {"encoder": own(), "annotation_key": "annotation", "device": "cpu"} | options
+    if options.get("preset", "default") == "default":
+        options.setdefault("n_recoloured", 1)
     return hg.tl.train(sections, **arguments(**options))
 
 

@@ -11,6 +11,8 @@ from he2gene_sc.image import (
     Level,
     PatchReader,
     Pyramid,
+    RecolouredReader,
+    Recolouring,
     check_pixels,
     plan_windows,
     read_reduced,
@@ -19,6 +21,7 @@ from he2gene_sc.image import (
 )
 from he2gene_sc.image import _blocks as blocks
 from he2gene_sc.image import _reader as reader_module
+from he2gene_sc.image import _recolour as recolour
 
 forty_examples = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -474,3 +477,67 @@ def test_a_small_cache_keeps_the_chunks_that_are_needed_next(monkeypatch):
     assert len(reader._blocks) == 16
     assert sum(len(batch.index) for batch in reader) == len(centres)
     assert array.reads.sum() <= 2.5 * array.reads.size
+
+
+# Recolouring
+
+
+def test_a_recolouring_that_changes_nothing_returns_the_pixels():
+    patches = random_image(40, 40)[None]
+    same = Recolouring(np.eye(3), np.zeros(3), 0.0)(patches)
+    assert same.dtype == np.uint8
+    assert same.shape == patches.shape
+    # The table merges four neighbouring levels.
+    assert np.abs(same.astype(int) - patches).max() <= 2
+
+
+def test_more_stain_is_darker_and_a_third_of_a_turn_swaps_the_channels():
+    patches = random_image(40, 40)[None]
+    stronger = Recolouring(1.5 * np.eye(3), np.zeros(3), 0.0)(patches)
+    expected = 256 * ((patches + 1.0) / 256) ** 1.5 - 1
+    assert np.abs(stronger - expected).max() < 4
+    turned = Recolouring(np.eye(3), np.zeros(3), 1 / 3)(patches)
+    assert np.abs(turned.astype(int) - np.roll(patches, 1, axis=1)).max() <= 3
+
+
+def test_a_stronger_stain_moves_each_colour_as_its_stain_absorbs(monkeypatch):
+    """A colour of haematoxylin alone becomes what the law of Lambert and Beer says of a stronger haematoxylin."""
+    from skimage.color import rgb_from_hed
+
+    monkeypatch.setattr(recolour, "_STRENGTHS", (1.4, 1.4))
+    for name in ("_STAIN_SD", "_LIGHT_SD", "_HUE"):
+        monkeypatch.setattr(recolour, name, 0.0)
+    stronger = Recolouring.draw(np.random.default_rng(0))
+    np.testing.assert_allclose(stronger.mixing, 1.4 * np.eye(3), atol=1e-9)
+    monkeypatch.setattr(recolour, "_STAIN_SD", 0.5)
+    varied = Recolouring.draw(np.random.default_rng(0)).mixing
+    # Each stain keeps its direction in optical density.
+    for stain in rgb_from_hed:
+        cosine = (stain @ varied) @ stain / np.linalg.norm(stain @ varied) / np.linalg.norm(stain)
+        assert cosine == pytest.approx(1)
+    assert np.ptp([np.linalg.norm(stain @ varied) / np.linalg.norm(stain) for stain in rgb_from_hed]) > 0.2
+
+
+def test_a_lamp_with_less_red_darkens_red_alone():
+    patches = random_image(40, 40)[None]
+    found = Recolouring(np.eye(3), np.array([0.3, 0.0, 0.0]), 0.0)(patches).astype(int)
+    expected = 256 * np.exp(-0.3) * (patches[:, 0] + 1.0) / 256 - 1
+    assert np.abs(found[:, 0] - expected).max() < 3
+    assert np.abs(found[:, 1:] - patches[:, 1:]).max() <= 2
+
+
+def test_draws_differ_between_seeds_alone():
+    patches = random_image(40, 40)[None]
+    one, same, other = (Recolouring.draw(np.random.default_rng(seed))(patches) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one.astype(int) - other).mean() > 3
+
+
+def test_a_recoloured_reader_yields_the_recoloured_windows():
+    recolouring = Recolouring.draw(np.random.default_rng(0))
+    arguments = (pyramid_of(random_image(300, 300), 2), np.array([[150.0, 150.0], [100.0, 80.0]]), 1.0)
+    options = {"windows_um": (50.0, 100.0), "input_px": 40}
+    plain = {i: p for batch in PatchReader(*arguments, **options) for i, p in enumerate(batch.patches)}
+    (batch,) = RecolouredReader(*arguments, recolouring=recolouring, **options)
+    for i, patches in enumerate(batch.patches):
+        np.testing.assert_array_equal(patches, recolouring(plain[i]))

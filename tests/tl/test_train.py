@@ -15,10 +15,12 @@ import torch
 from spatialdata.models import TableModel
 
 import he2gene_sc as hg
+from he2gene_sc import training
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
 from he2gene_sc.tl._known import image_facts
+from he2gene_sc.tl._train import fit as _fit
 from he2gene_sc.training._closed_form import validate as _validate
 from tests.helpers.toy_sections import (
     SPEC,
@@ -288,7 +290,6 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_section_keeps_one_file_open_while_heads_are_fitted(tmp_path, monkeypatch):
     """A process can open about a thousand files, and training sets have hundreds of sections."""
-    from he2gene_sc import training
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     build, held = training.build_model, []
@@ -302,8 +303,8 @@ def test_a_section_keeps_one_file_open_while_heads_are_fitted(tmp_path, monkeypa
     monkeypatch.setattr(training, "build_model", spy)
     train(toys("ABAB"))
     ((n, found),) = held
-    # One file of features per section, and one of all targets.
-    assert found <= n + 1
+    # One file of features per section, one of all targets, and one of all recoloured copies.
+    assert found <= n + 2
 
 
 def test_a_gene_missing_in_a_section_is_learned_from_the_others(sections, cache, model):
@@ -389,6 +390,71 @@ def test_a_section_without_labels_trains_expression(cache, model):
     assert sum(found.card.training["labelled_spots"].values()) == 60
     np.testing.assert_array_equal(found.tensors["genes.weight"], model.tensors["genes.weight"])
     assert found.card.metrics[SECTION]["balanced accuracy of the annotation"].keys() == {"S0", "S2"}
+
+
+def test_sections_with_labels_are_also_read_recoloured(cache, monkeypatch):
+    read, encode = [], _fit.encode_section
+
+    def spy(section, *args, recolouring=None):
+        features = encode(section, *args, recolouring=recolouring)
+        read.append((section.name, recolouring is not None, np.array(features)))
+        return features
+
+    monkeypatch.setattr(_fit, "encode_section", spy)
+    parts = toys()
+    parts[2]["table"].obs["annotation"] = np.nan
+    used, build = [], training.build_model
+    monkeypatch.setattr(
+        training, "build_model", lambda found, *args, **kwargs: used.extend(found) or build(found, *args, **kwargs)
+    )
+    with_copies = train(parts, cache=cache, n_recoloured=2, name="mine", n_target_genes=12)
+    names = [(name, recoloured) for name, recoloured, _ in read]
+    assert names == [(name, copy) for name in ("S0", "S1") for copy in (False, True, True)] + [("S2", False)]
+    assert with_copies.card.training["recoloured_copies"] == 2
+    by_name = {section.name: section for section in used}
+    for name in ("S0", "S1"):
+        plain, first, second = (features for of, _, features in read if of == name)
+        for found, expected in zip(by_name[name].recoloured, (first, second), strict=True):
+            np.testing.assert_array_equal(found, expected[:, 0])
+        for one, other in ((plain, first), (plain, second), (first, second)):
+            assert np.abs(one - other).mean() > 0.03 * plain.std()
+    assert by_name["S2"].recoloured == ()
+    read.clear()
+    without = train(parts, cache=cache, n_recoloured=0, name="mine", n_target_genes=12)
+    assert not any(recoloured for _, recoloured, _ in read)
+    assert without.card.training["recoloured_copies"] == 0
+    np.testing.assert_array_equal(with_copies.tensors["genes.weight"], without.tensors["genes.weight"])
+    assert (with_copies.tensors["annotation.weight"] != without.tensors["annotation.weight"]).any()
+
+
+def test_sections_without_a_class_are_not_read_recoloured(cache, monkeypatch):
+    encode = _fit.encode_section
+
+    def spy(section, *args, recolouring=None):
+        assert recolouring is None or section.name != "S2"
+        return encode(section, *args, recolouring=recolouring)
+
+    monkeypatch.setattr(_fit, "encode_section", spy)
+    parts = toys()
+    parts[2]["table"].obs["annotation"] = "Undetermined"
+    assert train(parts, cache=cache).card.training["recoloured_copies"] == 1
+    alone = toys()
+    for part in alone:
+        part["table"].obs["annotation"] = "tumour"
+    monkeypatch.setattr(_fit, "encode_section", encode)
+    assert train(alone, cache=cache).card.training["recoloured_copies"] == 0
+
+
+def test_a_copy_with_infinite_features_names_its_section(cache, monkeypatch):
+    encode = _fit.encode_section
+
+    def overflowing(section, *args, recolouring=None):
+        features = np.array(encode(section, *args, recolouring=recolouring))
+        return features if recolouring is None else np.full_like(features, np.inf)
+
+    monkeypatch.setattr(_fit, "encode_section", overflowing)
+    with pytest.raises(ValueError, match="infinite features in section 'S0, recoloured'"):
+        train(toys(), cache=cache)
 
 
 def test_classes_are_merged_left_out_and_coloured(cache, sections):

@@ -370,6 +370,7 @@ def test_a_lazy_sequence_is_read_once():
         ({"n_target_genes": 0}, "`n_target_genes` is 0; a whole number from 1"),
         ({"n_target_genes": 2.5}, "`n_target_genes` is 2.5"),
         ({"n_latent": 0}, "`n_latent` is 0"),
+        ({"n_recoloured": -1}, "`n_recoloured` is -1; a whole number from 0 is needed"),
         ({"batch_size": 0}, "`batch_size` is 0"),
         ({"batch_size": -3}, "`batch_size` is -3"),
         ({"batch_size": "8"}, "`batch_size` is '8'"),
@@ -541,7 +542,9 @@ def test_missing_labels_in_all_spots_give_a_warning(caplog):
 def test_a_list_of_sections_is_checked_before_encoding(monkeypatch, spoil, match):
     parts = toys()
     options = spoil(parts) or {}
-    monkeypatch.setattr("he2gene_sc.tl._train.fit.encode_section", lambda *_: pytest.fail("a section was encoded"))
+    monkeypatch.setattr(
+        "he2gene_sc.tl._train.fit.encode_section", lambda *_, **__: pytest.fail("a section was encoded")
+    )
     assert_raises(parts, match, annotation_key="annotation", **options)
 
 

@@ -541,6 +541,55 @@ def test_spots_without_a_label_do_not_affect_the_annotation():
     )
 
 
+def test_the_annotation_ignores_what_recoloured_copies_change():
+    sections = without_stain_differences(planted(n=120, n_classes=2))
+    # The first feature shows the class, until the sections are recoloured.
+    plain = [replace(s, features=s.features.copy()) for s in sections]
+    for s in plain:
+        s.features[:, 0, 0] = 10 * s.codes
+    copies = [s.features.copy() for s in plain]
+    for i, copy in enumerate(copies):
+        copy[:, 0, 0] = np.random.default_rng(i).permutation(copy[:, 0, 0])
+    with_copies = [replace(s, recoloured=(copy[:, 0],)) for s, copy in zip(plain, copies, strict=True)]
+    new = replace(plain[3], features=copies[3])
+    naive, robust = (
+        fit_annotation(part[:3], everything(part[:3]), recipe().weights, 2) for part in (plain, with_copies)
+    )
+    wrong = [(head.logits(new).argmax(1) != new.codes).mean() for head in (naive, robust)]
+    assert wrong[1] < 0.1
+    assert wrong[1] < 0.6 * wrong[0]
+
+
+def test_copies_have_the_weight_of_their_section_whatever_their_number():
+    sections = without_stain_differences(planted(n=60, n_classes=2))[:3]
+    copies = [s.features[:, 0] + np.float32(0.5) for s in sections]
+    one, three = (
+        fit_annotation(
+            [replace(s, recoloured=n * (copy,)) for s, copy in zip(sections, copies, strict=True)],
+            everything(sections),
+            recipe().weights,
+            2,
+        )
+        for n in (1, 3)
+    )
+    none = fit_annotation(sections, everything(sections), recipe().weights, 2)
+    np.testing.assert_allclose(one.logits(sections[0]), three.logits(sections[0]), atol=1e-3)
+    assert np.abs(one.logits(sections[0]) - none.logits(sections[0])).max() > 0.01
+
+
+def test_copies_of_held_out_spots_are_not_trained_on():
+    sections = without_stain_differences(planted(n=60, n_classes=2))[:3]
+    rows = [np.arange(60) % 3 > 0 for _ in sections]
+    heads = []
+    for noise in (0, 1):
+        # Without neighbours, which a spot shares with held-out spots.
+        parts = [replace(s, centres_um=1e4 * s.centres_um, recoloured=(s.features[:, 0].copy(),)) for s in sections]
+        for part, chosen in zip(parts, rows, strict=True):
+            part.recoloured[0][~chosen] += np.float32(noise)
+        heads.append(fit_annotation(parts, rows, recipe().weights, 2))
+    np.testing.assert_array_equal(heads[0].basis.mixing, heads[1].basis.mixing)
+
+
 def test_patients_and_classes_have_equal_weight_in_the_annotation():
     codes = np.array([0] * 90 + [1] * 10 + [0] * 5 + [2] * 5)
     patients = np.repeat(["A", "B"], [100, 10]).astype(object)

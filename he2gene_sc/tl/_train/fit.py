@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,13 @@ from ..._core.validate import format_list
 from .._gene_sets import membership, read_net, rename_targets, weights_by_set
 from .arguments import check_features
 from .measured import MeasuredSection, join
-from .names import check_two_classes, colours_of
+from .names import check_two_classes, class_of, colours_of
 from .options import Plan
 
 if TYPE_CHECKING:
     import torch
 
-    from ...image import PatchReader
+    from ...image import PatchReader, Recolouring
     from ...models import HE2Gene
     from ...models._network import FeatureExtractor
     from ...training import ModelMetadata, Programmes
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 _SYMMETRIES = ((0, False),)
 #: Sum of squares of the colour features; that of the encoder's features is 1.
 _COLOUR_SHARE = 0.25
-#: The same for the annotation head.
-_ANNOTATION_COLOUR_SHARE = 2.0
+#: The same for the annotation head, without and with recoloured copies.
+_ANNOTATION_COLOUR_SHARE, _RECOLOURED_SHARE = 2.0, 10.0
 #: Spots per batch when patches are cut.
 _BATCH = 64
 
@@ -45,7 +47,7 @@ def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
     from ...models._encoders.load import encoder_sha256
     from ...models._encoders.stages import default_stages, stage_sizes
     from ...models._network import FeatureExtractor
-    from ...training import Recipe, build_model, feature_weights
+    from ...training import Recipe, build_model, feature_weights, spill
     from ...training._memory import check_sums
 
     recipe, network, spec = plan.recipe, plan.network, plan.spec
@@ -55,19 +57,23 @@ def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
     sizes = stage_sizes(network, stages, spec.input_px)
     n_colour = N_COLOUR * len(plan.windows_um)
     weights = feature_weights(sizes, len(plan.windows_um), n_colour, _COLOUR_SHARE)
-    annotation = feature_weights(sizes, len(plan.windows_um), n_colour, _ANNOTATION_COLOUR_SHARE)
+    share = _RECOLOURED_SHARE if recipe.n_recoloured else _ANNOTATION_COLOUR_SHARE
+    annotation = feature_weights(sizes, len(plan.windows_um), n_colour, share)
     check_sums(len(weights))
     sha256 = encoder_sha256(network)
     engine = (recipe.batch_size, plan.device, resolve_dtype(recipe.dtype, plan.device), plan.show_progress)
-    kept, features = [], []
-    for section in read:
-        features.append(encode_section(section, extractor, sha256, plan.windows_um, plan.cache, engine))
-        check_features(section.name, features[-1])
-        kept.append(section.release())
-        del section
+    kept: list[MeasuredSection] = []
+    features: list[np.ndarray] = []
+
+    def encode(section: MeasuredSection, recolouring: Recolouring | None = None) -> np.ndarray:
+        how = extractor, sha256, plan.windows_um, plan.cache, engine
+        return encode_section(section, *how, recolouring=recolouring)
+
+    # Each memory map keeps a file open, so all copies share one.
+    copies = spill(_encode_sections(read, encode, plan, recipe.n_recoloured, kept, features))
     sections, genes, classes = join(kept, features, plan.genes, plan.classes)
-    # Each memory map keeps a file open.
-    del kept, features
+    sections = [replace(section, recoloured=found) for section, found in zip(sections, copies, strict=True)]
+    del kept, features, copies
     metadata = replace(
         describe(len(sections), genes, classes, plan),
         encoder_sha256=sha256,
@@ -84,6 +90,28 @@ def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
         validation=plan.validation,
         seed=plan.seed,
     )
+
+
+def _encode_sections(
+    read: Iterator[MeasuredSection],
+    encode: Callable[..., np.ndarray],
+    plan: Plan,
+    n_recoloured: int,
+    kept: list[MeasuredSection],
+    features: list[np.ndarray],
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Encode each section and its copies: yield the features of the copies, and append the section and its own to the lists."""
+    for section in read:
+        features.append(encode(section))
+        check_features(section.name, features[-1])
+        has_class = any(label is not None and class_of(label, plan.classes) is not None for label in section.labels)
+        copies = []
+        for number in range(n_recoloured if has_class else 0):
+            copies.append(np.ascontiguousarray(encode(section, recolouring_of(section.name, number))[:, 0]))
+            check_features(f"{section.name}, recoloured", copies[-1][:, None])
+        yield tuple(copies)
+        kept.append(section.release())
+        del section
 
 
 def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: Plan) -> ModelMetadata:
@@ -135,28 +163,43 @@ def encode_section(
     folder: Path,
     engine: tuple[int, torch.device, torch.dtype, bool],
     symmetries: tuple[tuple[int, bool], ...] = _SYMMETRIES,
+    *,
+    recolouring: Recolouring | None = None,
 ) -> np.ndarray:
-    """Features of the spots of one section, on disk, ``(n, r, f)``."""
+    """Features of the spots of one section, or of a recoloured copy, on disk, ``(n, r, f)``."""
     from tqdm.auto import tqdm
 
     from ...inference import Encoder, Part, cached_features
 
     batch_size, device, dtype, bar = engine
-    reader = patch_reader(section, windows_um, extractor.window_px, batch_size)
-    with tqdm(total=reader.n_spots, unit="spot", desc=f"encode {section.name}", disable=not bar) as progress:
+    reader = patch_reader(section, windows_um, extractor.window_px, batch_size, recolouring)
+    title = f"encode {section.name}{'' if recolouring is None else ', recoloured'}"
+    with tqdm(total=reader.n_spots, unit="spot", desc=title, disable=not bar) as progress:
         how = Encoder(sha256, symmetries, device, dtype)
         return cached_features(Part(extractor, reader), how, folder, progress.update)
 
 
+def recolouring_of(section: str, number: int) -> Recolouring:
+    """Draw the recolouring of a copy of a section, whose name is the seed."""
+    from ...image import Recolouring
+
+    return Recolouring.draw(np.random.default_rng([number, zlib.crc32(section.encode())]))
+
+
 def patch_reader(
-    section: MeasuredSection, windows_um: tuple[float, ...], input_px: int | tuple[int, ...], batch_size: int
+    section: MeasuredSection,
+    windows_um: tuple[float, ...],
+    input_px: int | tuple[int, ...],
+    batch_size: int,
+    recolouring: Recolouring | None = None,
 ) -> PatchReader:
-    """Reader of the windows around the spots of a section whose image is not yet released."""
-    from ...image import PatchReader
+    """Reader of the windows around the spots of a section whose image is not yet released; it recolours them if asked to."""
+    from ...image import PatchReader, RecolouredReader
 
     slide = section.slide
     assert slide is not None
-    return PatchReader(
+    reader = PatchReader if recolouring is None else partial(RecolouredReader, recolouring=recolouring)
+    return reader(
         slide.pyramid,
         section.centres,
         slide.mpp,

@@ -250,6 +250,10 @@ class DefaultRecipe(validate.Checked):
         Whether an encoder trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
         are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input at any µm/px. The
         model card states the tiles.
+    n_recoloured
+        Number of recoloured copies of each section with labels, as if other laboratories had stained and scanned it. The
+        annotation is also trained on them, so it depends less on colour. Each is encoded like a section. The colours follow from
+        the name of the section.
     n_latent
         Length of the embedding.
     by_level
@@ -271,6 +275,7 @@ class DefaultRecipe(validate.Checked):
     windows_um: Sequence[float] | None = None
     stages: Sequence[int] | Literal["auto"] | None = "auto"
     tile_windows: bool = True
+    n_recoloured: int = 4
     n_latent: int = 128
     by_level: bool = True
     batch_size: int = 32
@@ -285,6 +290,7 @@ class DefaultRecipe(validate.Checked):
             or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
         ):
             raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
+        validate.whole_number(self.n_recoloured, "n_recoloured", least=0)
         validate.whole_number(self.n_latent, "n_latent")
         validate.whole_number(self.batch_size, "batch_size")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))

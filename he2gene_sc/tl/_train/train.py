@@ -58,9 +58,9 @@ def train(
     """Train a model on sections with measured counts.
 
     ``"default"`` fits closed-form heads on a frozen encoder. Features are maps of its last stages under several windows, with
-    colour, standardised within the slide; then principal components of a spot and of the rings of neighbours around it. The
-    heads are a ridge regression to all genes, with small components shrunk, and a calibrated multinomial logistic regression
-    to the annotation. They are solved from sums: features, counts and held-out predictions stay on disk. No GPU is needed, and
+    colour; then principal components of a spot and of the rings of neighbours around it. The heads are a ridge regression to
+    all genes, with features standardised within the slide and small components shrunk, and a calibrated multinomial logistic
+    regression to the annotation. They are solved from sums: features, counts and held-out predictions stay on disk. No GPU is needed, and
     on the CPU training is deterministic. ``docs/experiments.md`` compares alternatives.
 
     ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,
@@ -74,7 +74,8 @@ def train(
     preset
         The recipe; :class:`he2gene_sc.DefaultRecipe` and :class:`he2gene_sc.PaperRecipe` are presets with changes.
     annotation_key
-        Labels in ``obs``. Spots without a label are not used for the annotation, but for expression. ``None``: no
+        Labels in ``obs``. Spots without a label are not used for the annotation, but for expression. ``"default"`` also encodes
+        four recoloured copies of each section with labels (``n_recoloured`` of :class:`he2gene_sc.DefaultRecipe`). ``None``: no
         annotation head.
     sample_key, section_key
         Patient and section in ``obs``. Whole patients are held out.

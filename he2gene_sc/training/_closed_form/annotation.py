@@ -1,7 +1,8 @@
 """Annotation head on components of unstandardised features, with equal weights of patients and classes.
 
 Features that are standardised by slide do not show how much of a slide is cancer, so the proportions of classes in training
-would decide. Unstandardised features separate tissues across patients; see ``docs/experiments.md``.
+would decide. Unstandardised features separate tissues across patients. The head is also trained on recoloured copies of the
+sections, so that it depends less on stain and scanner; see ``docs/experiments.md``.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 from ...models._embedding import Basis, Context
 from .._calibrate import UNSEEN_LOGIT
 from .._sections import Section
-from .heads import components, fit_softmax, principal_directions
+from .heads import components, components_of, fit_softmax, principal_directions
 
 #: Number of components of a spot, and of the ring around it.
 N_COMPONENTS = 64
 #: Inverse of the L2 penalty of the regression.
-STRENGTH = 0.03
+STRENGTH = 0.05
 #: Neighbours whose mean is used beside a spot; slides are not standardised.
 ANNOTATION_CONTEXT = Context(((50.0, 353.0),), (1.0,), None)
 
@@ -51,25 +52,33 @@ def fit_annotation(
 ) -> AnnotationHead | None:
     """Fit components and regression on the chosen rows ``(n,)`` of each section; ``None`` without any label.
 
-    Sections without labels are used for the components. Classes that do not occur get a bias that no spot can overcome.
+    Sections without labels are used for the components. All sections with labels have the same number of recoloured copies,
+    which together have the weight of the section. Classes that do not occur get a bias that no spot can overcome.
     """
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     if not any((section.codes[chosen] >= 0).any() for section, chosen in used):
         return None
     basis = _basis(used, weights)
-    found, codes, patients = [], [], []
+    found, codes, patients, shares = [], [], [], []
     for section, chosen in used:
         labelled = chosen & (section.codes >= 0)
-        for view in range(section.features.shape[1]) if labelled.any() else ():
-            found.append(components(section, basis, view)[labelled])
+        for features, share in _views(section) if labelled.any() else ():
+            found.append(components_of(section, basis, features)[labelled])
             codes.append(section.codes[labelled])
             patients.append(np.full(labelled.sum(), section.patient, object))
+            shares.append(np.full(labelled.sum(), share))
     parts, labels = np.concatenate(found), np.concatenate(codes)
-    weight = equal_weights(labels, np.concatenate(patients))
+    weight = equal_weights(labels, np.concatenate(patients)) * np.concatenate(shares)
     centre = np.average(parts, axis=0, weights=weight)
     slope, bias = fit_softmax(parts - centre, labels, n_classes, STRENGTH, weight)
     bias = np.where(bias == UNSEEN_LOGIT, UNSEEN_LOGIT, bias - centre @ slope)
     return AnnotationHead(Basis(basis.mean, basis.scale, basis.projection, slope, ANNOTATION_CONTEXT), bias)
+
+
+def _views(section: Section) -> list[tuple[np.ndarray, float]]:
+    """Return features ``(n, f)`` of each symmetry and recoloured copy, with their weights."""
+    symmetries = [(section.features[:, view], 1.0) for view in range(section.features.shape[1])]
+    return symmetries + [(features, len(symmetries) / len(section.recoloured)) for features in section.recoloured]
 
 
 def equal_weights(codes: np.ndarray, patients: np.ndarray) -> np.ndarray:

@@ -183,6 +183,7 @@ def build_model(
             "penalty": choice.penalty,
             "rank": choice.rank,
             "annotation_strength": STRENGTH,
+            "recoloured_copies": max(len(section.recoloured) for section in sections) if head is not None else 0,
             "colour_penalty": colour_choice.penalty,
             "colour_rank": colour_choice.rank,
             "intervals": "bootstrap over blocks of tissue within sections (none below five), conditional on these patients",

@@ -202,7 +202,12 @@ def fit_softmax(
 
 def components(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
     """Return components of the spots of a section and of their rings under one symmetry, ``(n, c · (1 + rings))``."""
-    return basis.components(np.asarray(section.features[:, view], np.float32), _rings(section, basis.context))
+    return components_of(section, basis, section.features[:, view])
+
+
+def components_of(section: Section, basis: Basis, features: np.ndarray) -> np.ndarray:
+    """Return components of given features ``(n, f)`` of the spots of a section, and of their rings."""
+    return basis.components(np.asarray(features, np.float32), _rings(section, basis.context))
 
 
 def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
