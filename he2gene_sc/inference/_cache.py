@@ -73,7 +73,8 @@ def cached_features(
     They are computed if the file does not exist. The pixels are always read, since their digest is part of the key.
 
     *Layout.* There is one npy file per section (in training also per recoloured copy), encoder and choice of symmetries,
-    ``he2gene-features-<key>.npy``. The SHA-256 of its bytes is appended. A truncated or changed file is computed again, with a warning.
+    ``he2gene-features-<key>.npy``. The SHA-256 of its bytes is appended. A truncated or changed file is computed again, with a
+    warning.
 
     ``fill`` writes missing blocks, given the shape of the features of one spot. By default this process does.
 

@@ -290,7 +290,6 @@ def test_one_image_at_a_time_is_in_memory(cache, model, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_a_section_keeps_one_file_open_while_heads_are_fitted(tmp_path, monkeypatch):
     """A process can open about a thousand files, and training sets have hundreds of sections."""
-
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     build, held = training.build_model, []
 

@@ -104,7 +104,9 @@ def _encode_sections(
     for section in read:
         features.append(encode(section))
         check_features(section.name, features[-1])
-        has_class = any(label is not None and class_of(label, plan.classes) is not None for label in section.labels)
+        has_class = any(
+            label is not None and class_of(label, plan.classes) is not None for label in set(section.labels)
+        )
         copies = []
         for number in range(n_recoloured if has_class else 0):
             copies.append(np.ascontiguousarray(encode(section, recolouring_of(section.name, number))[:, 0]))
