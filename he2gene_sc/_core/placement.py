@@ -67,13 +67,15 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
             f"that one; side by side they would be with: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
             stacklevel=4,
         )
+    chosen = subsample(np.flatnonzero(slide.inside))
+    darkness = darkness_at(slide.pyramid, slide.image_key, slide.centres[chosen], diameter)
     # Without spots inside, an image is not blank.
-    if darkness_at(slide.pyramid, slide.image_key, subsample(slide.centres[slide.inside]), diameter).blank:
+    if darkness.blank:
         raise ValueError(
             f"`image_key` {slide.image_key!r} is blank at all spots: black, white or transparent. Name the image that "
             "shows the tissue, or check the transformations"
         )
-    _check_orientation(sdata, slide)
+    _check_orientation(sdata, slide, chosen, darkness.mean)
 
 
 def _outside_message(sdata: SpatialData, slide: Slide, outside: int) -> str:
@@ -135,8 +137,11 @@ def _fix_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
     return transformation_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
 
 
-def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
-    """Warn if array positions are mirrored against the pixels, unless the pixels confirm the placement."""
+def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
+    """Warn if array positions are mirrored against the pixels, unless the pixels confirm the placement.
+
+    ``darkness`` ``(n,)`` is that of the image at the ``chosen`` spots.
+    """
     if not slide.inside.any() or slide.table_key is None:
         return
     obs = sdata[slide.table_key].obs.iloc[slide.rows]
@@ -150,10 +155,10 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
                 "to another array, delete them",
                 stacklevel=5,
             )
-        _check_swap(sdata, slide)
+        _check_swap(sdata, slide, chosen, darkness)
         return
     if slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
-        _check_swap(sdata, slide)
+        _check_swap(sdata, slide, chosen, darkness)
         return
     if np.linalg.det(lattice) >= 0:
         return
@@ -179,11 +184,11 @@ def _check_orientation(sdata: SpatialData, slide: Slide) -> None:
     )
 
 
-def _check_swap(sdata: SpatialData, slide: Slide) -> None:
+def _check_swap(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
     """Warn if there is much more tissue under the spots with x and y swapped."""
-    now, then = _darkness_before_after(slide, _SWAP, subsample(np.flatnonzero(slide.inside)))
+    then = _darkness(slide, transform_points(slide.centres[chosen], _SWAP))
     both = np.isfinite(then)
-    if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * now[both].mean():
+    if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * darkness[both].mean():
         warnings.warn(
             f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
             f"are exchanged. If so, all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, _SWAP)}",
@@ -252,10 +257,9 @@ def tissue_shares(slide: Slide, placements: Mapping[str, np.ndarray]) -> dict[st
     return shares
 
 
-def _darkness_before_after(slide: Slide, matrix: np.ndarray, chosen: np.ndarray) -> list[np.ndarray]:
-    """Return the darkness under some spots, before and after a transformation."""
-    places = (slide.centres[chosen], transform_points(slide.centres[chosen], matrix))
-    return [darkness_at(slide.pyramid, slide.image_key, place, slide.diameter_px).mean for place in places]
+def _darkness(slide: Slide, places: np.ndarray) -> np.ndarray:
+    """Return the darkness of the image in squares as large as a spot."""
+    return darkness_at(slide.pyramid, slide.image_key, places, slide.diameter_px).mean
 
 
 def _compare_placements(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> int:
@@ -266,7 +270,8 @@ def _compare_placements(sdata: SpatialData, slide: Slide, matrix: np.ndarray) ->
     from scipy.stats import spearmanr
 
     chosen = subsample(np.flatnonzero(slide.inside), _N_SPOTS)
-    now, then = _darkness_before_after(slide, matrix, chosen)
+    places = slide.centres[chosen]
+    now, then = _darkness(slide, places), _darkness(slide, transform_points(places, matrix))
     both = np.isfinite(now) & np.isfinite(then)
     if np.isfinite(then).mean() < _INSIDE or not both.any():
         return -1

@@ -133,9 +133,12 @@ def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, m
     haematoxylin = np.where(nuclei, 0.9, 0.06) + 0.25 * (regions == 0)
     eosin = np.array([0.35, 0.5, 0.03])[regions] + np.where(regions == 1, 0.18 * fibres, 0.04 * fibres)
     eosin = np.where((regions == 2) & (np.abs(walls) < 0.12), 0.35, eosin)
-    stain = np.clip(haematoxylin, 0, None)[..., None] * _HAEMATOXYLIN + np.clip(eosin, 0, None)[..., None] * _EOSIN
-    rgb = 242 * np.exp(-stain) + rng.normal(0, 2.0, (*size, 1))
-    return np.ascontiguousarray(np.clip(rgb, 1, 255).astype(np.uint8).transpose(2, 0, 1))
+    grain = rng.normal(0, 2.0, size)
+    rgb = np.empty((3, *size), np.uint8)
+    for channel in range(3):
+        stain = np.clip(haematoxylin, 0, None) * _HAEMATOXYLIN[channel] + np.clip(eosin, 0, None) * _EOSIN[channel]
+        rgb[channel] = np.clip(242 * np.exp(-stain) + grain, 1, 255)
+    return rgb
 
 
 def _counts(rng: np.random.Generator, code: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, pd.Index, list[str]]:

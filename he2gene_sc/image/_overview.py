@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,8 @@ _CONTRAST = 8
 _N_BLOCKS, _BLOCK_PX = 4, 256
 #: Least standard deviation of a block that is not blank, and number of such blocks that identify a slide.
 _LEAST_SD, _LEAST_BLOCKS = 3.0, 2
+#: Largest chunk that is read whole.
+_MAX_CHUNK_BYTES = 2**26
 
 
 def read_reduced(pyramid: Pyramid, max_pixels: int, factor: float = 1.0) -> np.ndarray:
@@ -115,4 +119,18 @@ def _read_blocks(level: Level, places: Sequence[tuple[slice, slice]]) -> list[np
     import dask
 
     array = direct(level.array)
+    if _is_one_chunk(array):
+        # Each block would read this chunk.
+        array = np.asarray(array[:, :, :])
     return [np.asarray(block) for block in dask.compute(*(array[:, rows, columns] for rows, columns in places))]
+
+
+def _is_one_chunk(array: Any) -> bool:
+    """Whether an array in chunks is a single one that fits into memory easily."""
+    chunks = getattr(array, "chunks", None)
+    if chunks is None or math.prod(array.shape) * array.dtype.itemsize > _MAX_CHUNK_BYTES:
+        return False
+    return all(
+        (len(sizes) == 1 if isinstance(sizes, tuple) else sizes >= n)
+        for sizes, n in zip(chunks, array.shape, strict=True)
+    )

@@ -15,6 +15,7 @@ from he2gene_sc.image import (
     Recolouring,
     check_pixels,
     plan_windows,
+    read_darkness,
     read_reduced,
     reflect_index,
     to_rgb_uint8,
@@ -71,7 +72,8 @@ class CountingArray:
         self.reads = np.zeros([-(-n // c) for n, c in zip(array.shape[1:], chunks[1:], strict=True)], int)
 
     def __getitem__(self, key):
-        rows, columns = (slice(s.start // c, -(-s.stop // c)) for s, c in zip(key[1:], self.chunks[1:], strict=True))
+        spans = (s.indices(n)[:2] for s, n in zip(key[1:], self.shape[1:], strict=True))
+        rows, columns = (slice(a // c, -(-b // c)) for (a, b), c in zip(spans, self.chunks[1:], strict=True))
         self.reads[rows, columns] += 1
         return self._array[key]
 
@@ -428,6 +430,16 @@ def test_read_reduced_gives_the_same_image_from_a_coarser_level():
     np.testing.assert_array_equal(
         read_reduced(pyramid_of(image, 3), 64 * 96 // 16), read_reduced(Pyramid.single(image), 64 * 96 // 16)
     )
+
+
+@pytest.mark.parametrize(("chunk", "reads"), [(60, 1), (30, 3)])
+def test_squares_of_an_image_of_one_chunk_are_cut_from_one_read(chunk, reads):
+    image, centres = random_image(60, 60), np.linspace([10.0, 20], [50, 40], 5)
+    array = CountingArray(image, (3, chunk, chunk))
+    found = read_darkness(Pyramid.single(array), centres, 8.0)
+    expected = [255 - image[:, int(y) - 4 : int(y) + 4, int(x) - 4 : int(x) + 4].mean() for x, y in centres]
+    np.testing.assert_allclose(found.mean, expected, atol=0.5)
+    assert array.reads.max() == reads
 
 
 @pytest.mark.parametrize(
