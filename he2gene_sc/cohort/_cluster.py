@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _WORKER_BYTES = 3 * 1024**3
 #: Loggers of dask that report starting and stopping workers; errors of slides are in the table.
 _LOGGERS = ("distributed", "distributed.client", "tornado.application", "asyncio")
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+#: Variables for the threads of a worker. numba sets those of OpenMP anew, and with them those of torch.
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 def check_client(client: Any, n_workers: int | None) -> None:

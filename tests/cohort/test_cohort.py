@@ -490,7 +490,7 @@ def test_workers_share_the_cores(monkeypatch, n_slides, n_workers, threads):
     monkeypatch.setattr("dask.system.CPU_COUNT", 8)
     found = workers_here(n_slides, n_workers, "cpu")
     assert len(found) == min(n_slides, n_workers or 1)
-    assert {worker["OMP_NUM_THREADS"] for worker in found} == {threads}
+    assert {worker[name] for worker in found for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")} == {threads}
 
 
 def test_the_summary_is_of_the_requested_table(finished, model, tmp_path):
