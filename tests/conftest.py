@@ -15,8 +15,9 @@ mpl.use("Agg")
 
 def pytest_configure(config):
     if getattr(config.option, "numprocesses", None):
-        # One thread per process, since there is a process per core. Workers and started programs inherit this.
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        # One thread per process, since there is a process per core. Workers and started programs inherit this. numba sets the
+        # threads of OpenMP anew, and with it those of torch.
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ.setdefault(variable, "1")
 
 
@@ -125,12 +126,35 @@ def _patches_are_encoded_once(tmp_path_factory):
     Stages.forward = forward
 
 
+@pytest.fixture
+def small_lite0(monkeypatch):
+    """Train on patches of 96 px with EfficientNet-Lite0, which takes a fifth of the time."""
+    from dataclasses import replace
+
+    from he2gene_sc.models._encoders.registry import ENCODERS
+
+    monkeypatch.setitem(ENCODERS, "efficientnet-lite0", replace(ENCODERS["efficientnet-lite0"], input_px=96))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _files_are_not_forced_to_the_disk():
     """Skip fsync, which takes milliseconds a file. `saving_faults` tests power cuts, in its own process."""
     fsync, os.fsync = os.fsync, lambda descriptor: None
     yield
     os.fsync = fsync
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _store_files_need_no_thread():
+    """Run `asyncio.to_thread` at once: zarr uses a thread for each file, which takes longer than the small files of tests."""
+    import asyncio
+
+    async def at_once(function, /, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    in_thread, asyncio.to_thread = asyncio.to_thread, at_once
+    yield
+    asyncio.to_thread = in_thread
 
 
 @pytest.fixture(autouse=True, scope="module")

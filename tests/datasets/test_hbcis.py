@@ -426,7 +426,7 @@ def test_a_split_with_a_patient_on_both_sides_is_refused():
 
 
 @pytest.mark.slow
-def test_a_model_trained_on_hbcis_finds_the_tumour_of_another_patient(hbcis_root):
+def test_a_model_trained_on_hbcis_finds_the_tumour_of_another_patient(hbcis_root, small_lite0):
     # Stain and resolution vary between patients; outside the range of training, a slide is out of distribution.
     data = hg.datasets.hbcis(hbcis_root, patients=["BC23901", "BC23270", "BC23287"])
     model = hg.tl.train(

@@ -10,7 +10,7 @@ import he2gene_sc as hg
 from tests.helpers.hbcis_mini import ALL_PATIENTS, write_hbcis, write_her2st
 from tests.helpers.hest_mini import write_hest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_lite0")]
 
 NAMESPACES = ("", "cohort", "datasets", "get", "io", "models", "pl", "pp", "tl")
 PUBLIC = [

@@ -8,14 +8,12 @@ import runpy
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import he2gene_sc as hg
 from he2gene_sc.cli import main as he2gene
-from he2gene_sc.models._encoders.registry import ENCODERS
 from tests.helpers.hbcis_mini import ALL_PATIENTS, GENES, write_hbcis, write_her2st
 
 REPOSITORY = Path(__file__).parents[2]
@@ -36,7 +34,7 @@ SMALL = {
 }
 SMALL_DEFAULT = "[train.preset]\nwindows_um = [200.0]\nn_recoloured = 0\n"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_lite0")]
 
 
 def model_of(command):
@@ -77,8 +75,6 @@ def run(workplace):
         printed, code = io.StringIO(), 0
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
             patch.chdir(workplace)
-            # Patches of 96 px take a fifth of the time.
-            patch.setitem(ENCODERS, "efficientnet-lite0", replace(ENCODERS["efficientnet-lite0"], input_px=96))
             patch.setattr(sys, "argv", [name, *arguments] if name == "he2gene" else arguments)
             for key, value in environment.items():
                 patch.setenv(key, value)

@@ -26,11 +26,19 @@ from he2gene_sc.io import _files
 pytestmark = pytest.mark.slow
 
 
+def small_toy(mpp):
+    """Make a slide whose table has few columns, since each is several files."""
+    sdata = hg.datasets.toy((3, 4), mpp=mpp)
+    table = sdata["table"]
+    table.obs, table.var = table.obs[["region", "instance_id", "annotation"]], table.var[[]]
+    return sdata
+
+
 @pytest.fixture(scope="module")
 def small_store(tmp_path_factory):
     """Store that each test copies."""
     path = tmp_path_factory.mktemp("small") / "slide.zarr"
-    sdata = hg.datasets.toy((3, 4), mpp=2.0)
+    sdata = small_toy(2.0)
     sdata.points["cells"] = PointsModel.parse(pd.DataFrame({"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0]}))
     sdata.write(path)
     return path
@@ -439,7 +447,7 @@ THEIRS = {
 @pytest.fixture
 def slide(tmp_path):
     """Slide of few genes, whose store is younger than this process."""
-    sdata = hg.datasets.toy((3, 4), mpp=4.0)
+    sdata = small_toy(4.0)
     sdata.tables["table"] = sdata["table"][:, :2].copy()
     sdata["table"].layers["mine"] = np.ones((12, 2))
     sdata["table"].uns["mine"] = {"a": 1}

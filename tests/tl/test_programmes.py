@@ -237,7 +237,7 @@ def test_a_card_has_the_held_out_accuracy_of_sets_named_in_training():
 
 
 @pytest.mark.slow
-def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(tmp_path):
+def test_sets_named_in_training_need_no_held_out_slides_and_others_stay_unknown(tmp_path, small_lite0):
     slides = [hg.datasets.toy((4, 4), mpp=2.0, seed=i) for i in range(4)]
     for i, slide in enumerate(slides):
         slide["table"].obs[["patient", "section"]] = f"P{i}"

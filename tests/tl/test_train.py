@@ -154,7 +154,7 @@ def test_a_saved_model_predicts_the_same(model, tmp_path):
         _ = load(tmp_path / "mine", encoder=(network(1), SPEC)).network
 
 
-def test_the_default_encoder_uses_its_stages_and_loads_by_name(tmp_path):
+def test_the_default_encoder_uses_its_stages_and_loads_by_name(tmp_path, small_lite0):
     preset = hg.DefaultRecipe(windows_um=(100.0,))
     model = hg.tl.train([toy(0, shape=(4, 4)), toy(1, "B", shape=(4, 4))], preset=preset, device="cpu")
     assert model.card.encoder["stages"] == [2, 3, 4]
@@ -166,7 +166,7 @@ def test_the_default_encoder_uses_its_stages_and_loads_by_name(tmp_path):
     assert "he2gene_annotation" not in one.obs
 
 
-def test_stages_can_be_chosen_or_left_out():
+def test_stages_can_be_chosen_or_left_out(small_lite0):
     parts = [toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))]
     sizes = {}
     for stages in (None, (4,)):
