@@ -141,6 +141,7 @@ def test_quantiles_ignore_missing_residuals():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
+@pytest.mark.slow
 def test_adapted_is_better_than_prediction_and_neighbours_if_both_are_informative(share):
     gains = []
     for seed in range(3):
@@ -160,6 +161,7 @@ def test_adapted_is_better_than_prediction_and_neighbours_if_both_are_informativ
     assert (np.mean(gains, axis=0) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_useless_prediction_is_replaced_by_the_neighbours():
     ratio = []
     for seed in range(3):
@@ -177,6 +179,7 @@ def test_a_useless_prediction_is_replaced_by_the_neighbours():
 
 
 @pytest.mark.parametrize("share", [0.1, 0.4])
+@pytest.mark.slow
 def test_a_perfect_prediction_is_not_changed(share):
     for seed in range(3):
         xy, predicted, _, measured = slide(seed, spatial=0.0)
@@ -397,6 +400,7 @@ def test_sections_are_adapted_one_by_one(table):
     np.testing.assert_allclose(alone.layers["he2gene_adapted"], table.layers["he2gene_adapted"][49:], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_masks_are_accepted_in_several_forms(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()
@@ -416,6 +420,7 @@ def test_masks_are_accepted_in_several_forms(table):
         np.testing.assert_allclose(table.layers["he2gene_adapted"], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_boolean_columns_are_accepted_in_several_dtypes(table):
     hg.tl.adapt(table, "seen", genes=["g1"])
     expected = table.layers["he2gene_adapted"].copy()
@@ -453,6 +458,7 @@ def test_values_of_unmeasured_spots_are_not_used(table):
     np.testing.assert_array_equal(table.layers["he2gene_adapted"], expected)
 
 
+@pytest.mark.slow
 def test_some_genes_may_be_measured_at_all_spots(table):
     log = log_normalise(table.X)
     log[np.ix_(~table.obs["seen"].to_numpy(), np.arange(6))] = np.nan
@@ -635,6 +641,7 @@ def test_a_prediction_is_not_adapted_to_itself_or_another(predicted, tiny_model)
         hg.tl.adapt(predicted, mask, layer="every", measured_scale="log")
 
 
+@pytest.mark.slow
 def test_sparse_layers_give_the_same_as_dense_layers(table):
     hg.tl.adapt(table, "seen")
     expected = table.layers["he2gene_adapted"].copy()

@@ -198,6 +198,7 @@ def test_genes_below_the_mean_are_not_tested():
 # ----------------------------------------------------------------------------------------------- methods
 
 
+@pytest.mark.slow
 def test_auto_compares_patients_with_three_samples_and_spots_with_fewer():
     assert (markers(patients(3))["method"] == "means").all()
     counted = [as_predicted(table) for table in patients(3)]
@@ -246,6 +247,7 @@ def test_cross_fit_of_one_table_equals_cross_fit_of_several():
 
 
 @pytest.mark.parametrize("method", ["spatial", "wilcoxon"])
+@pytest.mark.slow
 def test_the_filter_does_not_favour_genes_that_are_high_in_the_smaller_group(method):
     rng = np.random.default_rng(5)
     table = patient(0, n=320, genes=2000)
@@ -1054,6 +1056,7 @@ def test_scores_of_gene_sets_equal_decoupler(tmp_path):
     pd.testing.assert_frame_equal(hg.get.enrichment(anndata.read_zarr(tmp_path / "t.zarr")), scores, check_dtype=False)
 
 
+@pytest.mark.slow
 def test_sets_of_coexpressed_genes_are_tested_over_samples():
     from he2gene_sc.tl._biomarkers.enrichment import _test_over_samples
 

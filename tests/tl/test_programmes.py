@@ -197,6 +197,7 @@ def test_invalid_arguments_raise_and_nothing_is_overwritten(table):
 # Metrics of training
 
 
+@pytest.mark.slow
 def test_a_card_has_the_held_out_accuracy_of_sets_named_in_training():
     rng = np.random.default_rng(0)
     sections = []
