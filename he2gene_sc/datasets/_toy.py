@@ -133,10 +133,10 @@ def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, m
     haematoxylin = np.where(nuclei, 0.9, 0.06) + 0.25 * (regions == 0)
     eosin = np.array([0.35, 0.5, 0.03])[regions] + np.where(regions == 1, 0.18 * fibres, 0.04 * fibres)
     eosin = np.where((regions == 2) & (np.abs(walls) < 0.12), 0.35, eosin)
-    grain = rng.normal(0, 2.0, size)
+    eosin, grain = np.clip(eosin, 0, None), rng.normal(0, 2.0, size)
     rgb = np.empty((3, *size), np.uint8)
     for channel in range(3):
-        stain = np.clip(haematoxylin, 0, None) * _HAEMATOXYLIN[channel] + np.clip(eosin, 0, None) * _EOSIN[channel]
+        stain = haematoxylin * _HAEMATOXYLIN[channel] + eosin * _EOSIN[channel]
         rgb[channel] = np.clip(242 * np.exp(-stain) + grain, 1, 255)
     return rgb
 

@@ -10,8 +10,8 @@ Parts:
   orientations  the best held-out correlation over penalties and ranks, of a section of a known patient and of a patient held
              out, where training sees each spot under one, two or four orientations
   labels     calibration of the annotation on the held-out sections, against a perfectly calibrated model
-  cost       time and memory of training with cached features, without recoloured copies, at 1, 4 and 16 times the spots, all with four folds (by
-             itself, 4 and 16 times the sections would be put into ten)
+  cost       time and memory of training with cached features, without recoloured copies, at 1, 4 and 16 times the spots, all
+             with four folds (by itself, 4 and 16 times the sections would be put into ten)
 
 Figures are mean Pearson per gene over the 250 genes of highest mean / the 50 most variable within sections, chosen on
 the training sections. Only patients A and C have images here, at different resolution (3.2 and 0.69 µm/px).
