@@ -71,7 +71,7 @@ def predict(
             classes = network.annotation_bias.shape[0] if network.has_annotation else 0
             proba, embedding = (np.empty((0, size), np.float32) for size in (classes, network.n_latent))
             return Predictions(proba, embedding, facts.tissue)
-        embedding = network.embed(spot_features, centres_um)
+        embedding = network.embed(spot_features, centres_um, facts.mpp)
         if proba is None and network.has_annotation:
             proba = network.classify(spot_features, centres_um, torch.from_numpy(embedding).to(device))
         elif proba is None:

@@ -144,7 +144,7 @@ class LazySlideModel(_LazySlideBase):
         self.encoder = TileEncoder(loaded, float(tile_mpp))
         self.features_model_name = self.encoder.name
         self.tile_px = self.encoder.tile_px
-        self._mpp, self._tile_um = float(mpp), max(loaded.card.windows_um)
+        self._mpp, self._tile_mpp, self._tile_um = float(mpp), float(tile_mpp), max(loaded.card.windows_um)
         self._views = len(loaded.card.windows_um) if loaded.card.fusion == "mean" else 1
 
     def predict(self, features: np.ndarray, coords: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,7 +166,7 @@ class LazySlideModel(_LazySlideBase):
         values, facts = features[:, :-_N_FACTS], features[:, -_N_FACTS:]
         spot_features = SpotFeatures(
             values.reshape(len(values), self._views, -1),
-            SlideFacts(self._mpp, facts[:, 0], facts[:, 1:]),
+            SlideFacts(max(self._mpp, self._tile_mpp), facts[:, 0], facts[:, 1:]),
             np.asarray(coords, float) * self._mpp + self._tile_um / 2,
         )
         device = next(iter(self.model.buffers())).device

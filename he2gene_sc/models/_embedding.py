@@ -61,6 +61,7 @@ class Context:
     rings_um: tuple[tuple[float, float], ...] = ((50.0, 353.0), (353.0, 616.0), (616.0, 930.0))
     weights: tuple[float, ...] = (0.7, 0.5, 0.3)  # of the rings; the spot has weight 1
     prior_spots: float | None = 20.0  # number of spots that training counts as; None: only training is used
+    fine_below_mpp: float | None = None  # finer slides use both halves of the embedding, see Basis.column_weights
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rings_um", tuple(tuple(float(um) for um in ring) for ring in self.rings_um))
@@ -69,6 +70,8 @@ class Context:
             raise ValueError(
                 f"`rings_um` {self.rings_um} must be pairs of inner and outer radius, with one weight each; `weights` is {self.weights}"
             )
+        if self.fine_below_mpp is not None and not self.rings_um:
+            raise ValueError("`fine_below_mpp` needs `rings_um`: it averages predictions with and without them")
 
     def standardise(self, features: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """Standardise features of all spots of a slide ``(n, f)`` by mean and variance of the slide and of training.
@@ -104,7 +107,7 @@ class Context:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for the card."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "fine_below_mpp" or value is not None}
 
 
 def _moments(features: Rows, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,6 +242,17 @@ class Basis:
     projection: np.ndarray  # (f, c) from standardised features to components
     mixing: np.ndarray  # (c · (1 + rings), k) from components of spot and rings to the embedding
     context: Context
+
+    def column_weights(self, mpp: float) -> np.ndarray:
+        """Return the weights of the columns of the embedding on slides of a resolution in µm/px, ``(k,)`` float32.
+
+        With ``fine_below_mpp``, the first half does not depend on the rings, except for a smoothing, and the second does. The
+        prediction of a finer slide is the mean of those of both halves, that of a coarser slide is of the second alone.
+        """
+        k, limit = self.mixing.shape[1], self.context.fine_below_mpp
+        if limit is None:
+            return np.ones(k, np.float32)
+        return np.full(k, 0.5, np.float32) if mpp < limit else (np.arange(k) >= k // 2).astype(np.float32)
 
     def components(self, features: Rows, rings: Sequence[scipy.sparse.csr_array | LatticeRing]) -> np.ndarray:
         """Return the components of all spots of a slide and of their rings: ``(n, f)`` to ``(n, c · (1 + rings))``."""

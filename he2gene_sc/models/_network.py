@@ -202,11 +202,13 @@ class Network(nn.Module):
         """Length of the embedding."""
         return self.genes_weight.shape[0]
 
-    def embed(self, features: Rows, centres_um: np.ndarray) -> np.ndarray:
-        """Embed all spots of one slide: ``(n, f)`` averaged over symmetries, to ``(n, k)`` float32."""
+    def embed(self, features: Rows, centres_um: np.ndarray, mpp: float) -> np.ndarray:
+        """Embed all spots of one slide: ``(n, f)`` averaged over symmetries, to ``(n, k)`` float32, weighted for its µm/px."""
         if self.basis is None:
             return features[: len(features)]
-        return self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
+        found = self.basis.embed(features, rings_of(centres_um, self.basis.context.rings_um))
+        found *= self.basis.column_weights(mpp)
+        return found
 
     def classify(self, features: Rows, centres_um: np.ndarray, latent: torch.Tensor) -> np.ndarray:
         """Return class probabilities of all spots of one slide, ``(n, c)`` float32; ``latent`` is the result of :meth:`embed`."""

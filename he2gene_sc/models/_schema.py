@@ -78,6 +78,7 @@ class _Context(_Strict):
     rings_um: list[Two]
     weights: list[Number]
     prior_spots: NotNegative | None
+    fine_below_mpp: Positive = _ABSENT
 
 
 class _Intervals(_Strict):
@@ -201,6 +202,15 @@ def check_card(data: dict[str, Any], where: str) -> None:
                 Context(**context)
             except ValueError as error:
                 raise ValueError(f"`model`: {where}: `{name}`: {error}") from error
+    fine = card.context is not None and card.context.fine_below_mpp is not None
+    own = None if card.annotation is None else card.annotation.context
+    if (own is not None and own.fine_below_mpp is not None) or (
+        fine and (card.n_latent % 2 or (card.classes and own is None))
+    ):
+        raise ValueError(
+            f"`model`: {where}: `context.fine_below_mpp` needs an even `n_latent` and an annotation with its own `context`, which lacks "
+            "this field. Fetch the folder again"
+        )
     if card.intervals is not None and sorted(set(card.intervals.levels)) != card.intervals.levels:
         raise ValueError(f"`model`: {where}: `intervals.levels` must ascend")
     sections = card.training.get("sections", {})

@@ -141,7 +141,9 @@ def predict(
     ``.obsm["he2gene_annotation_proba"]``
         DataFrame with one column per class.
     ``.obsm["X_he2gene"]``
-        Embedding, the input of the heads, ``(n_obs, k)`` float32.
+        Embedding, the input of the heads, ``(n_obs, k)`` float32. Models of the preset ``"default"`` since 0.7: the first half of
+        the columns is without neighbours, the second with. Both are halved on slides below 1.5 µm/px; on coarser ones the first
+        is 0. Do not compare embeddings of slides on different sides of this limit.
     ``.uns["he2gene"]``
         Model, hash of its weights, encoder and licence, µm/px, image, level, coordinate system, unit and versions. ``lazy``: the
         layer is a dask array. ``head``: digest of the head. ``gene_symbols``: the argument, if given; verbs that read the prediction

@@ -317,7 +317,8 @@ def orientations(cache):
                     _validate._fit_fold(of, [codes != fold for codes in folds], chosen["recipe"], 0, 250)
                     for fold in np.unique(np.concatenate(list(folds)))
                 ]
-                grids[unit] = _validate._head_scores(of, fitted)
+                # With neighbours; the first part is without.
+                grids[unit] = _validate._head_scores(of, fitted)[-1]
             mean = np.mean(list(grids.values()), axis=0)
             best = np.unravel_index(mean.argmax(), mean.shape)
             found = ", ".join(f"{unit} {grid[best]:.3f}" for unit, grid in grids.items())

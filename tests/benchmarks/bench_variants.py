@@ -38,7 +38,7 @@ from he2gene_sc.tl._train.measured import join, read_sections
 from he2gene_sc.tl._train.options import WINDOWS_UM, TrainingKeys
 from he2gene_sc.training import Recipe, feature_weights
 from he2gene_sc.training._closed_form import annotation
-from he2gene_sc.training._closed_form.heads import embed, find_rings, fit_basis, fit_sums
+from he2gene_sc.training._closed_form.heads import FINE_BELOW_MPP, Choice, embed, find_rings, fit_basis, fit_sums
 from he2gene_sc.training._closed_form.validate import panels
 from he2gene_sc.training._held_out import Depth
 
@@ -248,7 +248,7 @@ def without_depth(section):
 class Variant:
     def __init__(self, train, weights, *, test=None, context=None, targets=None, **sizes):
         self.train, self.test, self.weights, self.targets = train, test or train, weights, targets
-        self.recipe = {"context": context or Context(), **sizes}
+        self.recipe = {"context": context or Context(), "n_latent": 128, **sizes}
 
     def predict(self, sections, features, train, tests):
         """Held-out predictions of the target and the variable genes, by setting and test."""
@@ -262,11 +262,29 @@ class Variant:
         found = {}
         for name in tests:
             embedding = embed(with_features(sections[name], self.test(features, name)[:, :1]), basis)
+            embedding *= basis.column_weights(sections[name].mpp)
             for setting in SETTINGS:
-                found[setting, name] = embedding @ sums.ridge(*setting)[:, genes]
+                found[setting, name] = (
+                    embedding @ sums.weights(Choice(*setting, without_rings=Choice(*setting)))[:, genes]
+                )
                 if self.targets is not without_depth:
                     found[setting, name] = np.maximum(found[setting, name] + sums.mean[genes], 0)
         return genes, found
+
+
+class Smoothed:
+    """What a variant predicts, with its first ring of neighbours added at a weight."""
+
+    def __init__(self, variant, weight):
+        self.variant, self.weight = variant, weight
+
+    def predict(self, sections, *arguments):
+        genes, found = self.variant.predict(sections, *arguments)
+        rings = {name: rings_of(sections[name].centres_um, RINGS[:1])[0] for _, name in found}
+        return genes, {
+            (setting, name): (values + self.weight * (rings[name] @ values)) / (1 + self.weight)
+            for (setting, name), values in found.items()
+        }
 
 
 class Mean:
@@ -292,21 +310,34 @@ class Ensemble:
         return genes, {("all", name): np.mean([found[s, name] for s in SETTINGS], axis=0) for name in names}
 
 
+def as_coarse(features, name):
+    """The tested slide is read at 3.2 µm/px."""
+    return features[name, "plain" if name in COLUMNS["A"] else "coarse"]
+
+
 PLAIN = views("plain")
-DEFAULT = Variant(PLAIN, weights)
+THREE_RINGS = Variant(PLAIN, weights)
+NO_RING = Variant(PLAIN, weights, context=Context((), ()))
 COLOUR = Variant(colour_alone, colour_weights, n_latent=64)
 LITE2 = Variant(views("lite2"), lambda: weights(("efficientnet-lite2",)))
 RINGS, RING_WEIGHTS = Context().rings_um, Context().weights
 VARIANTS = {
-    "default": DEFAULT,
-    "mean of all settings": Ensemble(DEFAULT),
+    "default": Variant(PLAIN, weights, context=Context(fine_below_mpp=FINE_BELOW_MPP), n_latent=192),
+    "three rings": THREE_RINGS,
+    "no ring": NO_RING,
+    "no ring, smoothed": Smoothed(NO_RING, 0.35),
+    "three rings, smoothed": Smoothed(THREE_RINGS, 0.35),
+    "mean of three rings and no ring, smoothed": Mean(THREE_RINGS, Smoothed(NO_RING, 0.35)),
+    "three rings, tested at 3.2 µm/px": Variant(PLAIN, weights, test=as_coarse),
+    "no ring, tested at 3.2 µm/px": Variant(PLAIN, weights, test=as_coarse, context=Context((), ())),
+    "mean of all settings": Ensemble(THREE_RINGS),
     "one ring": Variant(PLAIN, weights, context=Context(RINGS[:1], RING_WEIGHTS[:1])),
     "two rings": Variant(PLAIN, weights, context=Context(RINGS[:2], RING_WEIGHTS[:2])),
     "two rings, the outer with weight .3": Variant(PLAIN, weights, context=Context(RINGS[:2], (0.7, 0.3))),
     "one ring, weight 1": Variant(PLAIN, weights, context=Context(RINGS[:1], (1.0,))),
     "rings of twice the weight": Variant(PLAIN, weights, context=Context(RINGS, tuple(2 * w for w in RING_WEIGHTS))),
     "colour with rings": COLOUR,
-    "mean of default and colour": Mean(DEFAULT, COLOUR),
+    "mean of three rings and colour": Mean(THREE_RINGS, COLOUR),
     "colour share 1": Variant(PLAIN, lambda: weights(colour=1.0)),
     "stained copies": Variant(views("plain", "stain"), weights, test=PLAIN),
     "degraded copies": Variant(views("plain", "coarse"), weights, test=PLAIN),
@@ -315,7 +346,7 @@ VARIANTS = {
     "Lite0 and Lite2 side by side": Variant(
         side_by_side, lambda: weights(("efficientnet-lite0", "efficientnet-lite2"))
     ),
-    "mean of Lite0 and Lite2": Mean(DEFAULT, LITE2),
+    "mean of Lite0 and Lite2": Mean(THREE_RINGS, LITE2),
     "targets smoothed over neighbours": Variant(PLAIN, weights, targets=smoothed),
     "targets without depth": Variant(PLAIN, weights, targets=without_depth),
     "32 components": Variant(PLAIN, weights, n_components=32, n_latent=32),
@@ -377,11 +408,14 @@ def main():
     parser.add_argument("--cache", type=Path, required=True, help="folder for the encoder's features")
     parser.add_argument("--encode", nargs="+", choices=KINDS, help="features to use; default: all that are needed")
     parser.add_argument("--annotation", action="store_true", help="the variants of the annotation instead")
+    parser.add_argument("--all-patients", action="store_true", help="also each of C2-C5 by all other sections")
     parser.add_argument("--settings", nargs="+", help="penalty,rank pairs to use instead, e.g. 0.3,8 1,none")
     arguments = parser.parse_args()
     if arguments.settings:
         pairs = (pair.split(",") for pair in arguments.settings)
         SETTINGS[:] = [(float(penalty), None if rank == "none" else int(rank)) for penalty, rank in pairs]
+    if arguments.all_patients:
+        COLUMNS["all patients"] = C
     warnings.simplefilter("ignore")
     if arguments.annotation:
         annotate(*read(arguments.cache, ["plain", *COPIES, *ALTERED]))
@@ -390,7 +424,10 @@ def main():
 
 
 def compare(sections, features, variants):
-    folds = [("within", [n for n in C if n != test], [test]) for test in C]
+    known = {"within": C, "all patients": NAMES}
+    folds = [
+        (column, [n for n in known[column] if n != test], [test]) for column in known if column in COLUMNS for test in C
+    ]
     folds += [(column, [n for n in NAMES if n not in COLUMNS[column]], COLUMNS[column]) for column in ("A", "B4", "C")]
     titles = [f"{column}{given}" for given in ("", ", given depth") for column in COLUMNS]
     print(f"| variant | penalty, rank | {' | '.join(titles)} |\n|{'---|' * (len(titles) + 2)}")

@@ -138,7 +138,7 @@ def test_tta_averages_the_eight_symmetries(network, image):
         turned = [np.flip(p, 3) if mirrored else p for p in turned]
         views.append(network.extractor(tuple(torch.from_numpy(p.copy()) for p in turned))[:, 0].numpy())
     assert len({view.tobytes() for view in views}) == 8
-    expected = network.embed(np.mean(views, axis=0), CENTRES)
+    expected = network.embed(np.mean(views, axis=0), CENTRES, 1.0)
     np.testing.assert_allclose(run(network, read(image), tta=True).embedding, expected, atol=1e-4)
 
 

@@ -65,6 +65,20 @@ def test_a_slide_in_tiles_is_predicted_as_by_predict(slide, tiny_model):
     agree(sdata["table"])
 
 
+@pytest.mark.parametrize(("mpp", "tile_mpp"), [(0.5, 2.0), (2.0, 2.0), (2.0, 1.0)])
+def test_a_slide_is_as_coarse_as_its_tiles(slide, tiny_model, monkeypatch, mpp, tile_mpp):
+    found = []
+
+    def embed(features, centres_um, mpp):
+        found.append(mpp)
+        return np.zeros((len(features), tiny_model.network.n_latent), np.float32)
+
+    model = hg.LazySlideModel(tiny_model, mpp=mpp, tile_mpp=tile_mpp, genes="CD24")
+    monkeypatch.setattr(tiny_model.network, "embed", embed)
+    predicted(slide, model)
+    assert found == [2.0]
+
+
 def test_a_slide_that_is_out_of_distribution_warns(slide):
     slide.pixels = np.random.default_rng(0).integers(0, 255, slide.pixels.shape, dtype=np.uint8)
     model = hg.LazySlideModel(mpp=2.0, tile_mpp=2.0, genes="CD24")

@@ -1,6 +1,6 @@
 """The embedding of spots, relative to their slide and neighbours, and the stages of an encoder."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -206,3 +206,12 @@ def test_stages_of_a_module_without_stages_raise():
     module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     with pytest.raises(ValueError, match="valid for this encoder: None"):
         FeatureExtractor(module, EncoderSpec("own", input_px=16), stages=(0,))
+
+
+def test_a_fine_slide_uses_the_mean_of_both_halves_and_a_coarse_one_the_second():
+    context = Context(RINGS, (0.7, 0.5, 0.3), 20.0, fine_below_mpp=1.5)
+    assert Context(**context.to_dict()) == context
+    basis = Basis(np.zeros(5), np.ones(5), np.eye(5), np.ones((20, 4)), context)
+    assert basis.column_weights(1.49).tolist() == [0.5, 0.5, 0.5, 0.5]
+    assert basis.column_weights(1.5).tolist() == [0, 0, 1, 1]
+    assert replace(basis, context=Context()).column_weights(0.5).tolist() == [1, 1, 1, 1]

@@ -174,6 +174,10 @@ def test_a_missing_field_or_a_field_of_another_type_is_named(folder, field):
         ("encoder.tiles", [0, 1]),
         ("context.rings_um", [[300.0, 50.0]]),
         ("context.weights", []),
+        ("context.fine_below_mpp", 0.0),
+        ("context", {"rings_um": [], "weights": [], "prior_spots": 20.0, "fine_below_mpp": 1.5}),
+        ("context", CONTEXT | {"fine_below_mpp": 1.5}),  # `n_latent` is odd
+        ("annotation", {"context": CONTEXT | {"fine_below_mpp": 1.5}}),
         ("intervals.unit", "spot"),
         ("intervals.levels", [0.9, 0.5, 0.8, 1.0]),
         ("training.sections", ["A1"]),

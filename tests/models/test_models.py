@@ -330,9 +330,9 @@ def test_the_bundled_model_predicts_with_the_bundled_encoder(bundled):
     patches = tuple(torch.full((1, 3, 224, 224), 200, dtype=torch.uint8) for _ in bundled.card.windows_um)
     with torch.inference_mode():
         features = network.extractor(patches).mean(1)
-        latent = torch.from_numpy(network.embed(features.numpy(), np.zeros((1, 2))))
+        latent = torch.from_numpy(network.embed(features.numpy(), np.zeros((1, 2)), 0.5))
         expression = network.expression(latent, torch.arange(bundled.card.n_genes))
-        proba = network.annotation(latent)
+        proba = network.classify(features.numpy(), np.zeros((1, 2)), latent)
     assert expression.shape == (1, bundled.card.n_genes)
     assert torch.isfinite(expression).all()
     assert proba.shape == (1, len(bundled.card.classes))

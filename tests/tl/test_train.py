@@ -186,13 +186,27 @@ def test_expression_of_training_spots_equals_the_heads_applied_to_the_features(m
     features = np.load(path)[:, 0]
     table = sections[0]["table"]
     centres = 2.0 * table.obsm["spatial"]
-    context = model.card.context
     basis = model.network.basis
-    embedding = basis.embed(features, rings_of(centres, tuple(map(tuple, context["rings_um"]))))
+    embedding = basis.embed(features, rings_of(centres, basis.context.rings_um)) * basis.column_weights(2.0)
     expected = np.maximum(embedding @ model.tensors["genes.weight"].astype(np.float32) + model.tensors["genes.bias"], 0)
     found = predicted(sections[0], model)
     columns = model.genes.index.get_indexer(found.var_names)
     np.testing.assert_allclose(found.layers["he2gene"], expected[:, columns], atol=1e-4)
+
+
+@pytest.mark.parametrize(("mpp", "halves"), [(1.0, [0.5, 0.5]), (2.0, [0, 1])])
+def test_a_fine_slide_is_predicted_with_and_without_neighbours(model, mpp, halves):
+    table = predicted(hg.datasets.toy((5, 6), mpp=mpp, seed=5), model)
+    embedding, weights = table.obsm["X_he2gene"], model.tensors["genes.weight"].astype(np.float32)
+    half = embedding.shape[1] // 2
+    (slide,) = resolve(hg.datasets.toy((5, 6), mpp=mpp, seed=5))
+    assert slide.mpp == pytest.approx(mpp)
+    assert embedding[:, :half].any() == bool(halves[0])
+    basis = model.network.basis
+    np.testing.assert_array_equal(basis.column_weights(mpp), np.repeat(halves, half))
+    expected = np.maximum(embedding @ weights + model.tensors["genes.bias"], 0)
+    columns = model.genes.index.get_indexer(table.var_names)
+    np.testing.assert_allclose(table.layers["he2gene"], expected[:, columns], atol=1e-4)
 
 
 def first_features(sdata):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from he2gene_sc.models._embedding import NO_CONTEXT
+from he2gene_sc.models._embedding import NO_CONTEXT, Context
 from he2gene_sc.training import Recipe, _figures, build_model, cross_validate, fit_basis, fit_sums, folds_of, spill
 from he2gene_sc.training._closed_form import ood as _ood
 from he2gene_sc.training._closed_form import validate as _validate
@@ -15,7 +15,7 @@ from he2gene_sc.training._closed_form.annotation import fit_annotation
 from he2gene_sc.training._closed_form.heads import embed
 from he2gene_sc.training._closed_form.validate import Choice, panels
 from he2gene_sc.training._figures import pooled_temperature
-from tests.helpers.tiny_sections import N_COLOUR, N_FEATURES, everything, facts, planted, recipe
+from tests.helpers.tiny_sections import CONTEXT, N_COLOUR, N_FEATURES, everything, facts, planted, recipe
 
 N_GENES = 10
 GAPS = ((1, 2),)
@@ -47,6 +47,19 @@ def test_penalties_are_chosen_on_held_out_sections_and_patients(model, sections)
     choice, _ = validated(sections)
     training = model.card.training
     assert Choice(training["penalty"], training["rank"]) == choice
+
+
+def test_each_half_of_the_embedding_has_the_penalty_and_rank_that_are_best_for_it_alone(sections, monkeypatch):
+    monkeypatch.setattr("he2gene_sc.training._closed_form.heads._SMOOTHING", 0.0)
+    protocols = {unit: folds_of(sections, unit)[1] for unit in ("section", "patient")}
+    both = recipe(context=replace(CONTEXT, fine_below_mpp=1.5))
+    training = build_model(sections, facts(N_GENES), both, n_colour=N_COLOUR, n_target=4).card.training
+    found = {}
+    for end, context in (("", CONTEXT), ("_without_neighbours", Context((), (), CONTEXT.prior_spots))):
+        one = recipe(n_latent=4, context=context)
+        found[end], _ = cross_validate(sections, protocols, one, n_classes=3, n_target=4)
+        assert Choice(training[f"penalty{end}"], training[f"rank{end}"]) == found[end]
+    assert found[""] != found["_without_neighbours"]
 
 
 def test_heads_are_fitted_to_all_sections(model, sections):

@@ -10,6 +10,7 @@ from scipy.special import softmax
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
+from he2gene_sc.models._embedding import Context, rings_of
 from he2gene_sc.stats import log_normalise, pearson, skill
 from he2gene_sc.training import cross_validate, feature_weights, fit_basis, fit_sums, folds_of, spill
 from he2gene_sc.training._calibrate import temperature
@@ -276,6 +277,43 @@ def test_the_mean_of_a_gene_is_over_the_spots_in_which_it_was_measured():
     found = fit_sums(sections, rows, fit_basis(sections, rows, recipe()), 1.0).mean
     dense = np.concatenate([s.dense(slice(None))[r] for s, r in zip(sections, rows, strict=True)])
     np.testing.assert_allclose(found, np.nanmean(dense.astype(float), axis=0), rtol=1e-6)
+
+
+def test_the_embedding_has_a_half_with_and_a_half_without_neighbours_each_with_its_own_ridge():
+    sections = planted(4, noise=0.5)
+    rows = [np.arange(60) % 4 != i for i in range(4)]
+    both = recipe(context=replace(CONTEXT, fine_below_mpp=1.5))
+    basis = fit_basis(sections, rows, both)
+    weights = fit_sums(sections, rows, basis, both.power).weights(Choice(0.3, 3, Choice(1.0, 2)))
+    for half, context, choice in (
+        (slice(0, 4), Context((), (), CONTEXT.prior_spots), Choice(1.0, 2)),
+        (slice(4, 8), CONTEXT, Choice(0.3, 3)),
+    ):
+        alike = recipe(n_latent=4, context=context)
+        its_basis = fit_basis(sections, rows, alike)
+        expected = fit_sums(sections, rows, its_basis, alike.power).weights(choice)
+        np.testing.assert_allclose(weights[half], expected, atol=1e-4 * np.abs(expected).max())
+        for one in sections:
+            alone = embed(one, its_basis)
+            if not context.rings_um:
+                alone = (alone + 0.35 * (rings_of(one.centres_um, CONTEXT.rings_um)[0] @ alone)) / 1.35
+            np.testing.assert_allclose(embed(one, basis)[:, half], alone, atol=1e-4)
+
+
+def test_held_out_predictions_of_a_section_are_those_of_its_resolution():
+    fine = planted(4)
+    coarse = [replace(s, mpp=3.0) for s in fine]
+    used_recipe, choice = recipe(context=replace(CONTEXT, fine_below_mpp=1.5)), Choice(0.3, 3, Choice(3.0, 2))
+    rows = [np.ones(60, bool)] * 3 + [np.zeros(60, bool)]
+    for sections, used in ((fine, [0.5] * 8), (coarse, [0] * 4 + [1] * 4)):
+        basis = fit_basis(sections, rows, used_recipe)
+        sums = fit_sums(sections, rows, basis, used_recipe.power)
+        predicted = np.maximum(
+            embed(sections[3], basis) @ (np.array(used)[:, None] * sums.weights(choice)) + sums.mean, 0
+        )
+        _, held_out = validate(sections, "section", used_recipe=used_recipe, choice=choice)
+        found, genes = held_out.panel[3].predicted, held_out.panel[3].target
+        np.testing.assert_allclose(found[:, : len(genes)], predicted[:, genes], atol=1e-4)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])

@@ -255,7 +255,7 @@ class DefaultRecipe(validate.Checked):
         annotation is also trained on them, so it depends less on colour. Each is encoded like a section. The colours follow from
         the name of the section.
     n_latent
-        Length of the embedding.
+        Length of the embedding, an even number: half of it is without neighbours, half with.
     by_level
         Whether to keep the residuals for ``hg.tl.intervals(by="level")``: 440 bytes per gene in the model file.
     batch_size
@@ -276,7 +276,7 @@ class DefaultRecipe(validate.Checked):
     stages: Sequence[int] | Literal["auto"] | None = "auto"
     tile_windows: bool = True
     n_recoloured: int = 4
-    n_latent: int = 128
+    n_latent: int = 192
     by_level: bool = True
     batch_size: int = 32
     dtype: str | torch.dtype = "float32"
@@ -291,7 +291,9 @@ class DefaultRecipe(validate.Checked):
         ):
             raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
         validate.whole_number(self.n_recoloured, "n_recoloured", least=0)
-        validate.whole_number(self.n_latent, "n_latent")
+        validate.whole_number(self.n_latent, "n_latent", least=2)
+        if self.n_latent % 2:
+            raise ValueError(f"`n_latent` is {self.n_latent}; pass an even number")
         validate.whole_number(self.batch_size, "batch_size")
         self.set(windows_um=None if self.windows_um is None else check_windows(self.windows_um))
 

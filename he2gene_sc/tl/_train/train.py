@@ -60,8 +60,9 @@ def train(
     ``"default"`` fits closed-form heads on a frozen encoder. Features are maps of its last stages under several windows, with
     colour; then principal components of a spot and of the rings of neighbours around it. The heads are a ridge regression to
     all genes, with features standardised within the slide and small components shrunk, and a calibrated multinomial logistic
-    regression to the annotation. They are solved from sums: features, counts and held-out predictions stay on disk. No GPU is
-    needed, and on the CPU training is deterministic. ``docs/experiments.md`` compares alternatives.
+    regression to the annotation. On slides below 1.5 µm/px, expression is the mean of a prediction with and one without rings.
+    The heads are solved from sums: features, counts and held-out predictions stay on disk. No GPU is needed, and on the CPU
+    training is deterministic. ``docs/experiments.md`` compares alternatives.
 
     ``"he2gene-base"`` and ``"he2gene-spat"`` train a whole network by gradient as HE2Gene (Bioinformatics 2024,
     btae343), with two corrections: whole patients are held out, and missing neighbours have no weight.

@@ -28,9 +28,9 @@ from .._predictability import MIN_GROUPS, gene_table
 from .._programmes import programme_figures
 from .._sections import Section
 from .annotation import ANNOTATION_CONTEXT, STRENGTH, fit_annotation
-from .heads import Recipe, find_rings, fit_basis, fit_sums
+from .heads import Choice, Recipe, find_rings, fit_basis, fit_sums
 from .ood import fit_detector
-from .validate import Choice, cross_validate, panels
+from .validate import cross_validate, panels
 
 #: Most folds; if there are more sections or patients, several are held out together.
 MAX_FOLDS = 10
@@ -108,7 +108,10 @@ def build_model(
     panels_only: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_only": True}
     colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, **panels_only)
     colour_in_context = cross_validate(
-        colour, protocols, _replace_features(sections, colours, recipe.context)[1], **panels_only
+        colour,
+        protocols,
+        _replace_features(sections, colours, replace(recipe.context, fine_below_mpp=None))[1],
+        **panels_only,
     )[1]
     references = _references(sections, colours, protocols, n_target, set_weights)
     # A model is used on new patients, so confidence on held-out patients is preferred for calibration.
@@ -182,6 +185,14 @@ def build_model(
             + ", the folds that the figures are of",
             "penalty": choice.penalty,
             "rank": choice.rank,
+            **(
+                {}
+                if choice.without_rings is None
+                else {
+                    "penalty_without_neighbours": choice.without_rings.penalty,
+                    "rank_without_neighbours": choice.without_rings.rank,
+                }
+            ),
             "annotation_strength": STRENGTH,
             "recoloured_copies": max(len(section.recoloured) for section in sections) if head is not None else 0,
             "colour_penalty": colour_choice.penalty,
@@ -267,7 +278,7 @@ def _fit(
         "latent.scale": basis.scale,
         "latent.projection": basis.projection.astype(np.float16),
         "latent.mixing": basis.mixing.astype(np.float16),
-        "genes.weight": sums.ridge(choice.penalty, choice.rank).astype(np.float16),
+        "genes.weight": sums.weights(choice).astype(np.float16),
         "genes.bias": sums.mean.astype(np.float32),
     }
 
@@ -282,7 +293,7 @@ def _fit_colour(
     to_embedding = np.where(usable, 1 / np.where(usable, basis.scale, 1), 0)[:, None] * (
         basis.projection @ basis.mixing
     )
-    weight = to_embedding @ sums.ridge(choice.penalty, choice.rank)[:, genes]
+    weight = to_embedding @ sums.weights(choice)[:, genes]
     return {
         "colour.weight": weight.astype(np.float32),
         "colour.bias": (sums.mean[genes] - basis.mean @ weight).astype(np.float32),

@@ -7,7 +7,7 @@ components, and a softmax. Each step holds the spots of one section, so memory d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,6 +18,10 @@ from .._calibrate import UNSEEN_LOGIT
 from .._scratch import spill
 from .._sections import Section
 
+#: Slides of fewer µm/px are fine: a prediction without neighbours helps on new patients, see docs/experiments.md.
+FINE_BELOW_MPP = 1.5
+#: Weight of the first ring beside the spot, which smooths the prediction without neighbours.
+_SMOOTHING = 0.35
 #: Most features for the exact solver of principal components; above it, a randomised one is used.
 _MAX_EXACT_FEATURES = 2500
 _TINY = 1e-6
@@ -31,8 +35,8 @@ class Recipe:
 
     weights: np.ndarray  # (f,) factors of standardised features, see feature_weights
     n_components: int = 192  # of a spot's own features
-    n_latent: int = 128  # length of the embedding
-    context: Context = field(default_factory=Context)
+    n_latent: int = 192  # length of the embedding, half of it without neighbours
+    context: Context = field(default_factory=lambda: Context(fine_below_mpp=FINE_BELOW_MPP))
     annotation_weights: np.ndarray | None = None  # default: weights
     by_level: bool = True  # whether residuals are also kept by predicted level
 
@@ -59,6 +63,15 @@ def feature_weights(stages: Sequence[int], n_windows: int, n_colour: int, colour
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Penalty and rank of the gene head."""
+
+    penalty: float
+    rank: int | None
+    without_rings: Choice | None = None  # of the half without neighbours, if there is one
+
+
+@dataclass(frozen=True)
 class Sums:
     """Sums over the training spots from which a ridge of any penalty can be solved."""
 
@@ -75,6 +88,15 @@ class Sums:
         # A constant reference has no squares.
         jitter = max(_TINY * np.trace(total) / len(total), np.finfo(float).tiny)
         return np.linalg.cholesky(total + jitter * np.eye(len(total)))
+
+    @property
+    def parts(self) -> tuple[Sums, ...]:
+        """The only part, itself."""
+        return (self,)
+
+    def weights(self, choice: Choice) -> np.ndarray:
+        """Solve for the choice, see :meth:`ridge`."""
+        return self.ridge(choice.penalty, choice.rank)
 
     def ridge(self, penalty: float, rank: int | None = None) -> np.ndarray:
         """Solve for one penalty and rank: weights ``(k, g)`` float32, see :meth:`path`."""
@@ -115,8 +137,31 @@ class Sums:
                 yield scipy.linalg.solve_triangular(root.T, shrunk, lower=False).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class PairedSums:
+    """Sums for both halves of the embedding: without and with neighbours."""
+
+    without_rings: Sums
+    with_rings: Sums
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean target of each gene ``(g,)``."""
+        return self.with_rings.mean
+
+    @property
+    def parts(self) -> tuple[Sums, ...]:
+        """Sums of the halves."""
+        return self.without_rings, self.with_rings
+
+    def weights(self, choice: Choice) -> np.ndarray:
+        """Solve both halves for the choice: ``(k, g)`` float32."""
+        assert choice.without_rings is not None
+        return np.concatenate([self.without_rings.weights(choice.without_rings), self.with_rings.weights(choice)])
+
+
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:
-    """Fit the two sets of principal components on the chosen rows ``(n,)`` of each section."""
+    """Fit the principal components of features, and those of spots and rings, on the chosen rows ``(n,)`` of each section."""
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     means, variances = zip(*(_moments(section.features, chosen) for section, chosen in used), strict=True)
     mean = np.mean(means, axis=0).astype(np.float32)
@@ -142,15 +187,40 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             parts = components(section, basis, view)[chosen] * factors
             gram += parts.T @ parts
         n_spots += int(chosen.sum())
-    mixing = factors[:, None] * principal_directions(gram, min(recipe.n_latent, size, max(1, n_spots - 1)))
+    n_latent = min(recipe.n_latent, size, max(1, n_spots - 1))
+    if recipe.context.fine_below_mpp is not None:
+        width = directions.shape[1]
+        half = min(recipe.n_latent // 2, width, n_latent)
+        without_rings = np.zeros((size, half))
+        without_rings[:width] = principal_directions(gram[:width, :width], half) / (1 + _SMOOTHING)
+        without_rings[width : 2 * width] = _SMOOTHING * without_rings[:width]
+        mixing = np.hstack([without_rings, factors[:, None] * principal_directions(gram, half)])
+    else:
+        mixing = factors[:, None] * principal_directions(gram, n_latent)
     return Basis(mean, scale, basis.projection, mixing.astype(np.float32), recipe.context)
 
 
-def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
+def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums | PairedSums:
     """Collect the sums of the ridge, with targets centred by section.
 
     Sections differ in depth and handling that the image does not show; otherwise slopes would transfer them to new slides.
+    Both halves of an embedding learn from all sections, the first without neighbours: these only smooth its predictions.
     """
+    context = basis.context
+    if context.fine_below_mpp is None:
+        return _fit_sums(sections, rows, basis, power)
+    width, half = basis.projection.shape[1], basis.mixing.shape[1] // 2
+    all_rings = replace(context, fine_below_mpp=None)
+    no_rings = replace(all_rings, rings_um=(), weights=())
+    without_rings = replace(basis, mixing=(1 + _SMOOTHING) * basis.mixing[:width, :half], context=no_rings)
+    with_rings = replace(basis, mixing=basis.mixing[:, half:], context=all_rings)
+    return PairedSums(
+        _fit_sums(sections, rows, without_rings, power / (1 + sum(context.weights))),
+        _fit_sums(sections, rows, with_rings, power),
+    )
+
+
+def _fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
     k, g = basis.mixing.shape[1], sections[0].targets.shape[1]
     cross, total, n = np.zeros((k, g)), np.zeros(g), np.zeros(g)
     grams: dict[bytes, np.ndarray] = {}
@@ -211,7 +281,7 @@ def components_of(section: Section, basis: Basis, features: np.ndarray) -> np.nd
 
 
 def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
-    """Return the embedding of the spots of a section under one symmetry, ``(n, k)`` float32."""
+    """Return the unweighted embedding of the spots of a section under one symmetry, ``(n, k)`` float32."""
     return components(section, basis, view) @ basis.mixing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .._programmes import compare_scores
 from .._scratch import spill
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
-from .heads import Recipe, Sums, embed, fit_basis, fit_sums
+from .heads import Choice, PairedSums, Recipe, Sums, embed, fit_basis, fit_sums
 
 #: Penalties to choose from, in units of the expected sum of squares of the components of a spot.
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -27,22 +27,19 @@ _GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Penalty and rank of the gene head."""
-
-    penalty: float
-    rank: int | None
-
-
-@dataclass(frozen=True)
 class _Fold:
     basis: Basis
-    sums: Sums
+    sums: Sums | PairedSums
     held: tuple[np.ndarray, ...]
-    embeddings: dict[int, np.ndarray]
+    embeddings: dict[int, np.ndarray]  # unweighted
     target: np.ndarray
     variable: np.ndarray
     annotation: AnnotationHead | None
+
+    def predict(self, i: int, section: Section, weight: np.ndarray, genes: np.ndarray | slice) -> np.ndarray:
+        """Predict some genes of the held-out spots of section ``i``, as on a slide of its resolution."""
+        embedding = self.embeddings[i] * self.basis.column_weights(section.mpp)
+        return np.maximum(embedding @ weight[:, genes] + self.sums.mean[genes], 0)
 
 
 def panels(
@@ -99,8 +96,10 @@ def cross_validate(
     }
     if choice is None:
         scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
-        penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
-        choice = Choice(PENALTIES[penalty], RANKS[rank])
+        best = [np.unravel_index(part.argmax(), part.shape) for part in scores]
+        *without_rings, choice = (Choice(PENALTIES[penalty], RANKS[rank]) for penalty, rank in best)
+        if without_rings:
+            choice = replace(choice, without_rings=without_rings[0])
     unit = dict([calibration] if calibration is not None else [])
     return choice, {
         name: _collect(
@@ -124,17 +123,21 @@ def _fit_fold(
 
 
 def _head_scores(sections: Sequence[Section], fitted: Sequence[_Fold]) -> np.ndarray:
-    """Return the mean correlation of the target genes over the sections, ``(penalties, ranks)``."""
-    scores = np.zeros((len(PENALTIES), len(RANKS)))
+    """Return the mean correlation of the target genes over the sections, ``(parts, penalties, ranks)``.
+
+    Each part of the embedding predicts all sections, since a training set may have no coarse section.
+    """
+    scores = np.zeros((len(fitted[0].sums.parts), len(PENALTIES), len(RANKS)))
     n = 0
     for fold in fitted:
-        paths = [[*fold.sums.path(penalty, RANKS, fold.target)] for penalty in PENALTIES]
+        paths = [[[*part.path(penalty, RANKS, fold.target)] for penalty in PENALTIES] for part in fold.sums.parts]
         for i, embedding in fold.embeddings.items():
             # Read once, since slicing columns of a sparse matrix is slow.
             measured = sections[i].dense(fold.target)[fold.held[i]]
-            for p, path in enumerate(paths):
-                for r, weight in enumerate(path):
-                    scores[p, r] += np.nan_to_num(pearson(embedding @ weight, measured)).mean()
+            for part, x in enumerate(np.split(embedding, len(paths), axis=1)):
+                for p, path in enumerate(paths[part]):
+                    for r, weight in enumerate(path):
+                        scores[part, p, r] += np.nan_to_num(pearson(x @ weight, measured)).mean()
         n += len(fold.embeddings)
     return scores / n
 
@@ -150,7 +153,7 @@ def _collect(
     by_level: bool = True,
 ) -> HeldOut:
     g = sections[0].targets.shape[1] if n_genes is None else n_genes
-    weights = spill(fold.sums.ridge(choice.penalty, choice.rank) for fold in fitted)
+    weights = spill(fold.sums.weights(choice) for fold in fitted)
     parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
     held = spill(_predict_section(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
     panel, logits = zip(*held, strict=True)
@@ -175,7 +178,7 @@ def _collect(
                 if i in fold.embeddings:
                     rows = fold.held[i]
                     means[here][rows] = fold.sums.mean[genes]
-                    predicted[here][rows] = np.maximum(fold.embeddings[i] @ weight[:, genes] + fold.sums.mean[genes], 0)
+                    predicted[here][rows] = fold.predict(i, sections[i], weight, genes)
             pair = centre_by_part(predicted[here], parts[i]), centre_by_part(measured[here], parts[i])
             pcc[i, genes] = pearson(*pair)
             pcc_given_depth[i, genes] = depths[i].partial(*pair)
@@ -229,8 +232,7 @@ def _predict_section(
     predicted = np.empty((len(section), len(genes)), np.float32)
     scores = np.full((len(section), n_classes), np.nan)
     for fold, weight in folds:
-        embedding = fold.embeddings[i]
-        predicted[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
+        predicted[fold.held[i]] = fold.predict(i, section, weight, genes)
         if fold.annotation is not None:
             scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
     return Panel(
