@@ -68,8 +68,8 @@ class ModelCard:
         ``"concat"``: the features of all windows and their colours are concatenated. ``"mean"``: every window and every
         symmetry is a view, and predictions are averaged over views.
     context
-        Rings of neighbours, the µm/px below which a prediction without them counts too, and the standardisation of a slide, see :class:`he2gene_sc.models._embedding.Context`; ``None`` if a
-        spot is predicted from its own patch only.
+        Rings of neighbours, the µm/px below which a prediction without them counts too, and the standardisation of a slide,
+        see :class:`he2gene_sc.models._embedding.Context`; ``None`` if a spot is predicted from its own patch only.
     tta
         Whether inference averages over the eight symmetries of the square by default.
     intervals

@@ -327,7 +327,6 @@ VARIANTS = {
     "no ring": NO_RING,
     "no ring, smoothed": Smoothed(NO_RING, 0.35),
     "three rings, smoothed": Smoothed(THREE_RINGS, 0.35),
-    "mean of three rings and no ring, smoothed": Mean(THREE_RINGS, Smoothed(NO_RING, 0.35)),
     "three rings, tested at 3.2 µm/px": Variant(PLAIN, weights, test=as_coarse),
     "no ring, tested at 3.2 µm/px": Variant(PLAIN, weights, test=as_coarse, context=Context((), ())),
     "mean of all settings": Ensemble(THREE_RINGS),
