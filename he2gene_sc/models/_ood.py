@@ -70,7 +70,8 @@ class OODDetector:
             "stain": stain,
             "focus": facts.faults.max(1, initial=0),
             "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
-            "tissue": np.maximum(distance / self._distance_limit, residual / self.limits.get("rest", np.inf)),
+            # Features of a coarser slide differ for that reason alone.
+            "tissue": np.zeros(n) if self._coarseness(facts.mpp) > 1 else self._tissue(distance, residual),
         }
         # Stain and focus belong to the slide: no spot scores better than the median.
         for cause in ("stain", "focus"):
@@ -92,23 +93,22 @@ class OODDetector:
     ) -> tuple[float, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Return the apparent size of the slide, and for each spot score and excess of stain, distance to the bank and residual."""
         found: list[tuple[np.ndarray, ...]] = []
-        sizes: list[tuple[int, float]] = []
+        sides, weights = [], []
         for rows in row_blocks(len(features)) or [slice(0, 0)]:
             x = features[rows]
             projected, residual = components(x, self.mean, self.scale, self.weights, self.projection)
             found.append((*self._stain(x), distance_to_bank(projected, self.bank[:, : projected.shape[1]]), residual))
             if n := int(on_tissue[rows].sum()):
-                sizes.append((n, apparent_size(x[on_tissue[rows]], self.size, self.windows_um)))
+                sides.append(apparent_sides(x[on_tissue[rows]], self.size, self.windows_um))
+                weights.append(n)
         stain, excess, distance, residual = (np.concatenate(values) for values in zip(*found, strict=True))
-        if len(sizes) == 1:
-            return sizes[0][1], stain, excess, distance, residual
-        octaves = float(np.average([size for _, size in sizes], weights=[n for n, _ in sizes])) if sizes else np.nan
+        octaves = size_error(np.average(sides, axis=0, weights=weights)) if sides else np.nan
         return octaves, stain, excess, distance, residual
 
-    @property
-    def _distance_limit(self) -> float:
+    def _tissue(self, distance: np.ndarray, residual: np.ndarray) -> np.ndarray:
         limit = self.limits["distance"]
-        return limit[0] if isinstance(limit, list | tuple) else limit
+        limit = limit[0] if isinstance(limit, list | tuple) else limit
+        return np.maximum(distance / limit, residual / self.limits.get("rest", np.inf))
 
     def _stain(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         limits = self.limits.get("stain")
@@ -123,8 +123,10 @@ class OODDetector:
 
     def _resolution(self, octaves: float, mpp: float) -> float:
         apparent = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
-        coarse = mpp / self.limits["mpp"] if "mpp" in self.limits and np.isfinite(mpp) else 0.0
-        return float(max(apparent, coarse))
+        return float(max(apparent, self._coarseness(mpp)))
+
+    def _coarseness(self, mpp: float) -> float:
+        return mpp / self.limits["mpp"] if "mpp" in self.limits and np.isfinite(mpp) else 0.0
 
     def _verdict(self, score: np.ndarray, distance: np.ndarray) -> str:
         if not len(score):
@@ -139,7 +141,7 @@ class OODDetector:
             shares = (facts.faults[on_tissue] > 1).mean(0)
             return f"focus: the image is {FAULTS[int(shares.argmax())]}"
         if cause == "resolution":
-            if "mpp" in self.limits and facts.mpp > self.limits["mpp"]:
+            if self._coarseness(facts.mpp) > 1:
                 return f"resolution: {facts.mpp:.3g} µm/px is coarser than the training images"
             return (
                 f"resolution: its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than "
@@ -186,10 +188,19 @@ def distance_to_bank(projected: np.ndarray, bank: np.ndarray) -> np.ndarray:
     return np.partition(distance, k, axis=1)[:, k].copy()
 
 
-def apparent_size(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> float:
-    """Return the mean over spots and windows of log2 of the apparent side of a window over its stated side."""
+def apparent_sides(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> np.ndarray:
+    """Return log2 of the apparent over the stated side of each window, the mean over spots ``(w,)``; empty without a fit."""
     if not len(size) or not len(features):
-        return float("nan")
+        return np.zeros(0)
     k, w = len(size) - 1, len(windows_um)
     windows = features[:, : k * w].reshape(-1, w, k).mean(0, dtype=np.float64)
-    return float((windows @ size[:-1] + size[-1] - np.log2(windows_um)).mean())
+    return windows @ size[:-1] + size[-1] - np.log2(windows_um)
+
+
+def size_error(sides: np.ndarray) -> float:
+    """Return the error of the stated size in octaves, from the result of :func:`apparent_sides`; NaN if that is empty.
+
+    The fit knows no side outside the range of the windows. So the mean is without the largest window, or without the smallest,
+    whichever is farther from 0.
+    """
+    return float(max(sides[:-1].mean(), sides[1:].mean(), key=abs)) if len(sides) > 1 else float("nan")

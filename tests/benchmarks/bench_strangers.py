@@ -5,7 +5,8 @@
 
 Parts:
   altered   a crop of C5 and of B4 as it is, stained otherwise, blurred, noisy, compressed, with a wrong µm/px: share of the
-            spots that are flagged, and the cause
+            spots that are flagged, in all and by cause, by the bundled model
+  unseen    the same of a section of each patient, A1, B4 and C5, by a model of the two other patients
   held-out  models of all patients but one: balanced accuracy, calibration error and share flagged of the one held out;
             mean Pearson over the 250 genes of highest mean / the 50 most variable, of the model, of a plain ridge on the
             same features, standardised within the slide, beside the mean of the neighbours (penalty 100 times the
@@ -17,6 +18,7 @@ Parts:
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import runpy
@@ -24,6 +26,7 @@ import tempfile
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import bench_training
 import numpy as np
@@ -41,6 +44,7 @@ import he2gene_sc as hg
 from he2gene_sc._core.placement import mirror_matrices, shift_matrix, tissue_shares
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import MIN_TISSUE
+from he2gene_sc.models import _ood
 from he2gene_sc.models._embedding import N_COLOUR
 from he2gene_sc.models._encoders.load import encoder_sha256, load_encoder
 from he2gene_sc.models._encoders.stages import default_stages
@@ -52,6 +56,8 @@ from he2gene_sc.tl._train.options import WINDOWS_UM
 SECTIONS = ("A1", "A2", "B4", "C2", "C3", "C4", "C5")
 #: Side of the crops that are altered, pixels, and spots that are read at most.
 SIDE, MOST = 3000, 60
+#: Coarsest µm/px that a window of 100 µm can be read at.
+COARSEST = 12.5
 
 
 def stained(change):
@@ -133,15 +139,36 @@ ALTERED = {
 }
 
 
-def said(title, sdata, mpp):
-    """Print a row: spots, share on tissue, share flagged, verdict, classes of the spots that are called."""
-    with warnings.catch_warnings(record=True) as caught:
+@contextlib.contextmanager
+def judged():
+    """Yield what is found of the slides meanwhile: share of the spots on tissue that are flagged by each cause; octaves by window."""
+    found, sides, assess, apparent = [], [], _ood.OODDetector.assess, _ood.apparent_sides
+
+    def measured(*arguments):
+        sides.append(apparent(*arguments))
+        return sides[-1]
+
+    def recorded(*arguments):
+        sides.clear()
+        result = assess(*arguments)
+        flagged = ", ".join(f"{cause} {share:.1%}" for cause, share in result.causes.items() if share)
+        found.append(f"{flagged or 'none'}; octaves {np.round(np.mean(sides, axis=0), 2)}")
+        return result
+
+    with mock.patch.object(_ood.OODDetector, "assess", recorded), mock.patch.object(_ood, "apparent_sides", measured):
+        yield found
+
+
+def said(title, sdata, mpp, **options):
+    """Print a row: spots, share on tissue, share flagged, by cause, verdict, classes of the spots that are called."""
+    with warnings.catch_warnings(record=True) as caught, judged() as found:
         warnings.simplefilter("always")
+        options = {"genes": ["ERBB2"], "device": "cpu", "dtype": "float32", "show_progress_bar": False, **options}
         try:
-            hg.tl.predict(sdata, mpp=mpp, genes=["ERBB2"], device="cpu", dtype="float32", show_progress_bar=False)
+            hg.tl.predict(sdata, mpp=mpp, **options)
         except ValueError as error:
             print(f"| {title} | refused: {error} |", flush=True)
-            return
+            return False
     reasons = [str(w.message).split(" (mpp")[0] for w in caught if "unlike what" in str(w.message)]
     table = next(iter(sdata.tables.values()))
     obs, record = table.obs, table.uns["he2gene"]
@@ -149,47 +176,60 @@ def said(title, sdata, mpp):
     flagged = (obs["he2gene_ood"][tissue] > 1).mean()
     classes = obs["he2gene_annotation"].value_counts(normalize=True).round(2).to_dict()
     print(
-        f"| {title} | {len(obs)} | {tissue.mean():.0%} | {flagged:.0%} | {record['verdict']} | {classes} | "
+        f"| {title} | {len(obs)} | {tissue.mean():.0%} | {flagged:.0%} | {'; '.join(found)} | {record['verdict']} | {classes} | "
         f"{reasons[0] if reasons else ''} |",
         flush=True,
     )
+    return True
 
 
-def slide(image, centres, mpp):
+def slide(image, centres, mpp, um=100):
     return SpatialData(
         images={"he": Image2DModel.parse(image, dims=("c", "y", "x"))},
-        shapes={"spots": ShapesModel.parse(centres, geometry=0, radius=50 / mpp)},
+        shapes={"spots": ShapesModel.parse(centres, geometry=0, radius=um / 2 / mpp)},
     )
 
 
-def altered(arguments):
-    for name in ("C5", "B4"):
+def altered(arguments, names=("C5", "B4"), model_for=lambda name: "breast-her2st"):
+    for name in names:
+        model = model_for(name)
         image, centres, mpp = pixels_of(hg.datasets.her2st(name))
-        low = np.median(centres, axis=0).astype(int) - SIDE // 2
+        low = np.maximum(np.median(centres, axis=0).astype(int) - SIDE // 2, 0)
         crop = image[:, low[1] : low[1] + SIDE, low[0] : low[0] + SIDE]
         inside = centres[((centres > low + 50) & (centres < low + SIDE - 50)).all(1)][: arguments.spots] - low
         for title, change in ALTERED.items():
             if arguments.only in title:
-                said(f"{name}, {title}", slide(change(crop), inside, mpp), mpp)
+                said(f"{name}, {title}", slide(change(crop), inside, mpp), mpp, model=model)
         for factor in (0.5, 2) if arguments.only in "µm/px" else ():
-            said(f"{name}, µm/px times {factor}", slide(crop, inside, mpp), mpp * factor)
+            said(f"{name}, µm/px times {factor}", slide(crop, inside, mpp), mpp * factor, model=model)
+
+
+def unseen(arguments):
+    altered(arguments, ("A1", "B4", "C5"), lambda name: model_without(name[0], arguments.cache))
+
+
+@functools.cache
+def model_without(patient, cache):
+    """Train on all patients but one."""
+    return hg.tl.train(
+        (hg.datasets.her2st(name) for name in SECTIONS if name[0] != patient),
+        cache=cache,
+        annotation_key="annotation",
+        classes=hg.Classes(ignore=("undetermined", "breast glands")),
+        genes=hg.GeneSelection(missing_genes_are_zero=True),
+        device="cpu",
+        show_progress_bar=False,
+    )
 
 
 def held_out(arguments):
     for patient in "ABC":
         names = [name for name in SECTIONS if name[0] != patient]
-        model = hg.tl.train(
-            (hg.datasets.her2st(name) for name in names),
-            cache=arguments.cache,
-            annotation_key="annotation",
-            classes=hg.Classes(ignore=("undetermined", "breast glands")),
-            genes=hg.GeneSelection(missing_genes_are_zero=True),
-            device="cpu",
-            show_progress_bar=False,
-        )
+        model = model_without(patient, arguments.cache)
         for name in (name for name in SECTIONS if name[0] == patient):
             sdata = hg.datasets.her2st(name)
-            hg.tl.predict(sdata, model=model, device="cpu", dtype="float32", show_progress_bar=False)
+            with judged() as found:
+                hg.tl.predict(sdata, model=model, device="cpu", dtype="float32", show_progress_bar=False)
             table = sdata["table"]
             proba = table.obsm["he2gene_annotation_proba"]
             codes = proba.columns.get_indexer(table.obs["annotation"].astype(str))
@@ -199,7 +239,7 @@ def held_out(arguments):
             print(
                 f"| {name} by {', '.join(names)} | balanced accuracy {np.mean(recall):.2f} | calibration error "
                 f"{calibration_error(proba.to_numpy()[known], codes[known]):.2f} | flagged "
-                f"{(table.obs['he2gene_ood'] > 1).mean():.0%} | {table.uns['he2gene']['verdict']} |",
+                f"{(table.obs['he2gene_ood'] > 1).mean():.1%} ({found[0]}) | {table.uns['he2gene']['verdict']} |",
                 flush=True,
             )
 
@@ -274,7 +314,13 @@ def slides(arguments):
         if "spots" not in sdata.shapes:
             hg.pp.tissue(sdata)
             hg.pp.grid(sdata, mpp=mpp)
-        said(name, sdata, mpp)
+        if not said(name, sdata, mpp):
+            # What is refused for its genes, spots or resolution is tried again without genes, enlarged, with spots of 200 µm.
+            image = np.asarray(sdata["he"].data)
+            centres = np.column_stack([sdata["spots"].geometry.x, sdata["spots"].geometry.y])
+            while mpp > COARSEST:
+                image, centres, mpp = enlarged(image), 2 * centres, mpp / 2
+            said(f"{name}, at {mpp:.2g} µm/px with spots of 200 µm", slide(image, centres, mpp, 200), mpp)
 
 
 def placed(arguments):
@@ -349,7 +395,14 @@ def passing(arguments):
         )
 
 
-PARTS = {"altered": altered, "held-out": held_out, "placed": placed, "passing": passing, "slides": slides}
+PARTS = {
+    "altered": altered,
+    "unseen": unseen,
+    "held-out": held_out,
+    "placed": placed,
+    "passing": passing,
+    "slides": slides,
+}
 
 
 def main():

@@ -311,9 +311,13 @@ def looked_at(title, model, pixels, centres, mpp):
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        hg.tl.predict(
-            sdata, model=model, mpp=mpp, genes=["ERBB2"], device="cpu", dtype="float32", show_progress_bar=False
-        )
+        try:
+            hg.tl.predict(
+                sdata, model=model, mpp=mpp, genes=["ERBB2"], device="cpu", dtype="float32", show_progress_bar=False
+            )
+        except ValueError as error:
+            print(f"{title}: refused: {error}", flush=True)
+            return
     said = [str(w.message) for w in caught if "unlike what" in str(w.message)]
     score = sdata["table"].obs["he2gene_ood"]
     reason = said[0].split("'spots': ", 1)[1].split(" (mpp")[0] if said else "no warning"

@@ -8,9 +8,17 @@ import pytest
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
-from he2gene_sc.models._ood import CAUSES, OODDetector, SlideFacts, apparent_size, components, distance_to_bank
+from he2gene_sc.models._ood import (
+    CAUSES,
+    OODDetector,
+    SlideFacts,
+    apparent_sides,
+    components,
+    distance_to_bank,
+    size_error,
+)
 from he2gene_sc.models._stain import stain_of
-from he2gene_sc.training._closed_form.ood import fit_detector
+from he2gene_sc.training._closed_form.ood import _MIN_STAIN, fit_detector
 from tests.helpers.toy_sections import toy, train
 
 ODD = "unlike what the model was trained on"
@@ -198,6 +206,18 @@ def test_a_window_of_twice_the_size_is_one_octave_too_large():
     assert (found.score > 1).all()
 
 
+def test_windows_beyond_the_sizes_of_training_do_not_hide_a_wrong_size():
+    """As measured on a section of a new patient with half and twice its µm/px: the outermost window looks like the next one."""
+    assert size_error(np.array([0.87, 0.85, 0.15])) == pytest.approx(0.86)
+    assert size_error(np.array([-0.15, -0.95, -1.13])) == pytest.approx(-1.04)
+
+
+def test_one_section_at_another_resolution_does_not_allow_every_size():
+    features = slides(5)
+    features[0][:, [2, 7]] += 3
+    assert fitted(features)[0].limits["octaves"] == 0.75
+
+
 @pytest.mark.parametrize("n", [1, 3, 60])
 def test_every_cause_is_named_even_for_one_spot(n):
     detector, _ = fitted(slides())
@@ -219,6 +239,27 @@ def test_every_cause_is_named_even_for_one_spot(n):
         assert found.verdict == "out of distribution"
         assert any(reason.startswith(cause) for reason in found.reasons), (cause, found)
         assert (found.score > 1).all()
+
+
+def test_a_coarser_slide_is_not_called_another_tissue():
+    detector, _ = fitted(slides())
+    (strange,) = slides(1, seed=1)
+    strange[:, :10] += 8
+    limit = detector.limits["mpp"]
+    fine, coarse = (detector.assess(strange, facts(60, mpp=mpp)) for mpp in (0.99 * limit, 1.01 * limit))
+    assert fine.causes["tissue"] == 1
+    assert coarse.causes["tissue"] == 0
+    assert (coarse.score > 1).all()
+    assert [reason.split(":")[0] for reason in coarse.reasons] == ["resolution"]
+
+
+def test_the_range_of_stains_is_wider_for_fewer_patients():
+    features = slides(1) * 4
+    half = {n: np.array(fitted(features, patients="ABCD"[:n])[0].limits["stain"]["half"]) for n in (1, 2, 3)}
+    wide = half[3] > 1.01 * _MIN_STAIN
+    assert wide.any()
+    np.testing.assert_allclose((half[1] / half[2])[wide], 3 / 2, rtol=1e-5)
+    np.testing.assert_allclose((half[2] / half[3])[wide], 2 / 1.5, rtol=1e-5)
 
 
 def test_exchanged_red_and_green_are_detected_even_if_stains_vary():
@@ -317,7 +358,7 @@ def test_no_spots_give_an_empty_array_of_scores():
 def test_one_window_gives_no_apparent_size():
     features = [np.delete(x, [*range(5, 10), *range(19, 28)], axis=1) for x in slides()]
     detector, _ = fitted(features, (100.0,))
-    assert np.isnan(apparent_size(features[0], detector.size, (100.0,)))
+    assert np.isnan(size_error(apparent_sides(features[0], detector.size, (100.0,))))
     assert np.isfinite(assess(detector, features[0]).score).all()
 
 

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...models._embedding import N_COLOUR
-from ...models._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, apparent_size, components, distance_to_bank
+from ...models._ood import (
+    BANK,
+    MEAN,
+    PROJECTION,
+    SCALE,
+    SIZE,
+    WEIGHTS,
+    apparent_sides,
+    components,
+    distance_to_bank,
+    size_error,
+)
 from ...models._stain import stain_of
 from .._sections import Section
 from .heads import principal_directions
@@ -22,13 +33,13 @@ _BANK = 1500
 _LIMIT_QUANTILE = 0.9
 #: Factor of the limits if sections of one patient were left out instead of patients.
 _ONE_PATIENT_FACTOR = 1.5
-#: Least limit of the apparent size in octaves, and factor on the worst left-out section.
-_MIN_OCTAVES, _MARGIN = 0.6, 2.0
+#: Limit of the apparent size in octaves, at least and at most, so that a size wrong by two is detected; and factor on the worst
+#: left-out section.
+_OCTAVES, _MARGIN = (0.6, 0.75), 2.0
 #: Largest µm/px of a slide, relative to the coarsest training image.
 _MAX_COARSENING = 1.3
-#: Quantile of a patient's spots outside the range of stains at each end, and the extension of half that range: 1.5 divided by
-#: the number of patients.
-_STAIN_TAIL, _STAIN_MARGIN = 0.02, 1.5
+#: Quantile of a patient's spots outside the range of stains, at each end.
+_STAIN_TAIL = 0.02
 #: Least half range of a value of the stain (a logarithm), since patients of one laboratory may vary less by chance.
 _MIN_STAIN = 0.12
 _PENALTY = 0.1
@@ -66,7 +77,7 @@ def fit_detector(
     limits: dict[str, object] = {
         "distance": _limit(distances, slack),
         "rest": _limit(residuals, slack),
-        "octaves": round(max(_MIN_OCTAVES, _MARGIN * float(np.nanmax(np.abs([*octaves, 0.0])))), 6),
+        "octaves": round(float(np.clip(_MARGIN * np.max(np.abs(octaves)), *_OCTAVES)), 6),
         "mpp": round(_MAX_COARSENING * coarsest, 6),
     }
     known_limit = _known_patient_limit(features, patients, encoded)
@@ -152,14 +163,18 @@ def _known_patient_limit(features: Sequence[np.ndarray], patients: Sequence[str]
 
 
 def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict[str, list[float]]:
-    """Return the range of each value of :func:`stain_of`, wider for fewer patients."""
+    """Return the range of each value of :func:`stain_of`, wider for fewer patients.
+
+    The range of n values of a uniform distribution is on average too small by 2 / (n − 1) of itself. Half of that is added, since
+    the spots of a patient vary too; for one patient, twice the range.
+    """
     names = list(dict.fromkeys(patients))
     ends = []
     for name in names:
         own = np.concatenate([x for x, patient in zip(stains, patients, strict=True) if patient == name])
         ends.append(np.quantile(own, (_STAIN_TAIL, 1 - _STAIN_TAIL), axis=0))
     low, high = np.min([end[0] for end in ends], axis=0), np.max([end[1] for end in ends], axis=0)
-    half = np.maximum((high - low) / 2 * (1 + _STAIN_MARGIN / len(names)), _MIN_STAIN)
+    half = np.maximum((high - low) / 2 * (1 + 1 / max(len(names) - 1, 0.5)), _MIN_STAIN)
     return {"middle": [round(float(x), 6) for x in (low + high) / 2], "half": [round(float(x), 6) for x in half]}
 
 
@@ -168,12 +183,12 @@ def _fit_sizes(
 ) -> tuple[np.ndarray, list[float]]:
     """Fit window size to features; return the fit, and the error in octaves of each section by the fit to the others."""
     if len(windows_um) < 2:
-        return np.zeros(0, np.float32), [float("nan")] * len(features)
+        return np.zeros(0, np.float32), [0.0]
     total = functools.reduce(operator.add, (_SizeSums.from_section(x, windows_um, n_colour) for x in features))
-    octaves = [
-        apparent_size(x, (total - _SizeSums.from_section(x, windows_um, n_colour)).fit(windows_um), windows_um)
-        for x in features
-    ]
+    octaves = []
+    for x in features:
+        others = total - _SizeSums.from_section(x, windows_um, n_colour)
+        octaves.append(size_error(apparent_sides(x, others.fit(windows_um), windows_um)))
     return total.fit(windows_um), octaves
 
 
