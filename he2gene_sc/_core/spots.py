@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -180,20 +180,44 @@ class SpotData:
             block[:, columns[i] < 0] = 0
             yield where, block
 
-    def sums(self, codes: np.ndarray, n: int, *transforms: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """Return sums of transformed logarithms ``(b, g)`` over the spots of each code, ``(len(transforms), n, g)``.
+    def counts(self) -> Iterator[tuple[slice, Any, np.ndarray]]:
+        """Yield blocks of raw counts of all genes of a table, csr float64 without NaN, with the positions of their spots.
 
-        Spots with a code below 0 are left out. All sums are computed in one pass.
+        The third item has the column of each gene of ``genes``, -1 if the table does not list it.
         """
         from scipy.sparse import csr_array
 
-        out = np.zeros((len(transforms), n, len(self.genes)))
+        columns = [find_genes(self.genes, table.var_names) for table in self.tables]
+        for i, where, table in self.chunks():
+            values = values_of(table, self.layer)
+            block = csr_array(values if issparse(values) else np.nan_to_num(values)).astype(np.float64)
+            block.data = np.nan_to_num(block.data)
+            yield where, block, columns[i]
+
+    def sums(
+        self,
+        codes: np.ndarray,
+        n: int,
+        *transforms: Callable[[np.ndarray], np.ndarray],
+        weights: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Return sums of transformed logarithms ``(b, g)`` over the spots of each code, ``(len(transforms), n, g)``.
+
+        Spots with a code below 0 are left out. With ``weights`` ``(n,)``, the sum of the logarithms times the weights is added at the
+        end. All sums are computed in one pass.
+        """
+        from scipy.sparse import csr_array
+
+        out = np.zeros((len(transforms) + (weights is not None), n, len(self.genes)))
         for where, values in self.blocks():
             code = codes[where]
             kept = code >= 0
-            ones = csr_array((np.ones(kept.sum()), (code[kept], np.flatnonzero(kept))), (n, len(code)))
-            for total, transform in zip(out, transforms, strict=True):
+            places, shape = (code[kept], np.flatnonzero(kept)), (n, len(code))
+            ones = csr_array((np.ones(kept.sum()), places), shape)
+            for total, transform in zip(out[: len(transforms)], transforms, strict=True):
                 total += ones @ transform(values)
+            if weights is not None:
+                out[-1] += csr_array((weights[where][kept], places), shape) @ values
         return out
 
     def values(self, chosen: np.ndarray, genes: pd.Index) -> np.ndarray:

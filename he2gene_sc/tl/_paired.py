@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
+from .._core.labelled import labelled_spots, measured_part
 from .._core.matrix import layer_label
 from .._core.predictions import record_of_layer, source_layer
 from .._core.spots import SpotData, read_spots
-from ._biomarkers.pool import labelled_spots
-from ._biomarkers.provenance import measured_part
 from ._evaluate.layer import find_model
 from ._known import known_training_sections
 

@@ -15,6 +15,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
 from .._core.keys import PATIENT, check_key
+from .._core.labelled import labelled_spots
 from .._core.logs import logger
 from .._core.matrix import in_columns, values_of
 from .._core.ownership import check_free
@@ -27,7 +28,6 @@ from ..stats import SetScores, set_ceiling
 from ..training._held_out import Depth
 from ..training._predictability import MIN_GROUPS, mean_by_patient
 from ..training._programmes import summarise_programmes
-from ._biomarkers.pool import labelled_spots
 from ._biomarkers.reference_fields import COLOUR, DEPTH, fields
 from ._compare import correlation, predict_held_out, shared_spots
 from ._gene_sets import membership, name_genes, read_net, rename_targets, weights_by_set

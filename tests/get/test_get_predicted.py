@@ -275,7 +275,7 @@ def test_the_table_annotates_only_the_remaining_regions(predicted):
 
 
 def test_labels_of_the_same_image_are_also_circular_in_the_copy(toy, tiny_model):
-    from he2gene_sc.tl._biomarkers.provenance import circularity
+    from he2gene_sc._core.provenance import circularity
 
     hg.tl.predict(toy, model=tiny_model)
     assert "predicted from the same image" in circularity([hg.get.predicted(toy)], "he2gene_annotation", None)

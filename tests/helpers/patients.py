@@ -8,9 +8,9 @@ import scipy.sparse
 from anndata import AnnData
 
 import he2gene_sc as hg
+from he2gene_sc._core.labelled import labelled_spots
 from he2gene_sc._core.spots import read_spots
 from he2gene_sc.stats import log_normalise
-from he2gene_sc.tl._biomarkers.pool import labelled_spots
 
 GENES = 60
 DESIGN = {field.name for field in fields(hg.Design)}

@@ -13,17 +13,16 @@ from ..._core import validate
 from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
+from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part
 from ..._core.names import column_of
 from ..._core.ownership import check_free
+from ..._core.provenance import are_reliable, circularity
 from ..._core.results import write_result
 from ..._core.spots import read_spots
 from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
-from .contrast import depth_of
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
 from .methods import METHODS, Method
-from .pool import check_replicates, labelled_spots
-from .provenance import are_reliable, circularity, measured_part
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -168,36 +167,41 @@ def biomarkers(
             "'ppi' do); leave it out of hg.Design, or name another method"
         )
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
+    circular = "" if cross_fit else circularity(tables, groupby, layer)
+    reliable = are_reliable(spots.genes, tables, layer)
     chosen = method_for(method, spots, design)
     if chosen.samples:
         check_replicates(spots, sample_key)
     takes_depth = chosen.takes_depth(design)
-    known_depth = depth_of(spots, design.depth) if takes_depth else None
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     agreement = None
     if cross_fit:
-        halves, agreement = cross_fitted_halves(spots, measured, measured_scale, design.depth, groups, reference)
-        depths = [depth_of(half, design.depth) if takes_depth else None for half in halves]
-        parts = [compare(half, depth=depth, **run) for half, depth in zip(halves, depths, strict=True)]
-    else:
-        known, seen = measured_part(spots, measured, measured_scale) if chosen.name == "ppi" else (None, None)
-        if seen is not None and not seen.any():
+        known, seen = measured_part(spots, measured, measured_scale)
+        halves, agreement = cross_fitted_halves(
+            spots, known, seen, depth_of(known, design.depth), groups=groups, reference=reference
+        )
+        depth = depth_of(halves[0], design.depth) if takes_depth else None
+        parts = [compare(half, depth=depth, **run) for half in halves]
+    elif chosen.name == "ppi":
+        known, seen = measured_part(spots, measured, measured_scale)
+        if not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
-        if known is not None:
-            # Depth of the measured spots: it corrects the predictions too, whatever depth effect they contain.
-            known_depth = depth_of(known, design.depth)
-        parts = [compare(spots, measured=known, depth=known_depth, **run)]
-    circular = "" if cross_fit else circularity(tables, groupby, layer)
+        # Depth of the measured spots: it corrects the predictions too, whatever depth effect they contain.
+        depth = depth_of(known, design.depth)
+        parts = [compare(spots, measured=known, depth=depth, **run)]
+    else:
+        depth = depth_of(spots, design.depth) if takes_depth else None
+        parts = [compare(spots, depth=depth, **run)]
     results = adjust_pvalues(pd.concat([frame for frame, _ in parts], ignore_index=True), design.adjust_over)
     results.attrs.clear()
     results["method"] = chosen.label
-    results["reliable"] = are_reliable(results["names"], tables, layer)
+    results["reliable"] = reliable[spots.genes.astype(str).get_indexer(results["names"])]
     results["circular"] = bool(circular)
     # Groups in their order, the best score first.
     results["order"] = pd.factorize(results["group"])[0]
     results = results.sort_values(["order", "scores"], ascending=[True, False], kind="stable")
     results = results[list(COLUMNS)].reset_index(drop=True)
-    _warn_of_limits(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and known_depth is None)
+    _warn_of_limits(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and depth is None)
     # The two halves of cross_fit have different labels: record the smaller number of spots of each patient.
     rows = pd.concat([frame.index.to_frame(index=False) for _, frame in parts])
     samples = rows.groupby(["group", "sample"], sort=False).min()
@@ -210,7 +214,7 @@ def biomarkers(
         "method": chosen.name,
         "reliable_only": reliable_only,
         **design.params,
-        "depth": design.depth if known_depth is not None else None,
+        "depth": design.depth if depth is not None else None,
         **({} if chosen.moderated else {"trend": None, "robust": None}),
         "cross_fit": cross_fit,
         "cross_fit_agreement": agreement,

@@ -15,17 +15,16 @@ from ..._core.duplicates import warn_of_copied_spots
 from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
+from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
+from ..._core.provenance import are_reliable, circularity
 from ..._core.results import write_result
 from ..._core.spots import SpotData, read_spots
 from .._paired import warn_of_training_sections
 from . import reference_fields
 from .compare import adjust_pvalues, compare, group_names, method_for
-from .contrast import depth_of
 from .design import Design
-from .pool import check_replicates, labelled_spots
-from .provenance import are_reliable, circularity, measured_part
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -8,12 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
-from scipy.sparse import csr_array, issparse
+from scipy.sparse import csr_array
 
-from ..._core.expression import summarize_values
-from ..._core.keys import OWN_TABLE
-from ..._core.matrix import in_memory, indexable_matrix, matrix_of, max_chunk_rows
 from ..._core.spots import SpotData
 from ...stats import CountSums
 from .design import Design, pair_design
@@ -22,8 +18,6 @@ from .design import Design, pair_design
 MIN_SPOTS = 3
 #: Fewest spots for a separate slope of a sample.
 _MIN_SLOPE = 20
-#: Largest share of spots without counts for which depth counts as known.
-_MAX_EMPTY = 0.05
 
 
 def sum_sides(cells: np.ndarray, sides: np.ndarray) -> np.ndarray:
@@ -41,26 +35,15 @@ def count_cells(
     n = shape[0] * shape[1]
     sums = np.zeros((3, n, len(pool.genes)))
     depth = np.zeros((2, n))
-    start = 0
-    for table, rows in zip(pool.tables, pool.rows, strict=True):
-        values = indexable_matrix(table, pool.layer)
-        columns = table.var_names.get_indexer(pool.genes)
+    for where, block, columns in pool.counts():
         listed = np.flatnonzero(columns >= 0)
-        step = max(512, max_chunk_rows(values))
-        for first in range(0, len(rows), step):
-            chosen = rows[first : first + step]
-            block = in_memory(values[chosen])
-            block = csr_array(block if issparse(block) else np.nan_to_num(block)).astype(np.float64)
-            block.data = np.nan_to_num(block.data)
-            where = slice(start + first, start + first + len(chosen))
-            total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
-            places = (code[where], np.arange(len(chosen)))
-            ones, totals = (csr_array((x, places), (n, len(chosen))) for x in (np.ones(len(chosen)), total))
-            y = block[:, columns[listed]]
-            for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
-                out[:, listed] += part.toarray()
-            depth += np.array([ones @ total, ones @ np.square(total)])
-        start += len(rows)
+        total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
+        places = (code[where], np.arange(len(total)))
+        ones, totals = (csr_array((x, places), (n, len(total))) for x in (np.ones(len(total)), total))
+        y = block[:, columns[listed]]
+        for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
+            out[:, listed] += part.toarray()
+        depth += np.array([ones @ total, ones @ np.square(total)])
     spots = np.bincount(code, minlength=n).reshape(shape)
     counts, squares, by_depth = sums.reshape(3, *shape, -1)
     depths, depth_squares = depth.reshape(2, *shape)
@@ -79,18 +62,6 @@ class DepthCells:
     sums: np.ndarray
     squares: np.ndarray
     products: np.ndarray
-
-    @classmethod
-    def from_spots(cls, pool: SpotData, depth: np.ndarray, code: np.ndarray, shape: tuple[int, int]) -> DepthCells:
-        """Sum in one pass; ``depth`` is the log depth ``(n,)``."""
-        n = shape[0] * shape[1]
-        x = depth - depth.mean()
-        products = np.zeros((n, len(pool.genes)))
-        for where, values in pool.blocks():
-            rows = np.arange(len(values))
-            products += csr_array((x[where], (code[where], rows)), (n, len(values))) @ values
-        sums, squares = (np.bincount(code, weights, n).reshape(shape) for weights in (x, np.square(x)))
-        return cls(sums, squares, products.reshape(*shape, -1))
 
     def effects(
         self, sides: np.ndarray, spots: np.ndarray, sums: np.ndarray
@@ -149,17 +120,22 @@ class Cells:
             transforms["squares"] = lambda values: np.square(values, dtype=np.float64)
         if detected:
             transforms["detected"] = lambda values: (values != 0).astype(np.float32)
-        sums = pool.sums(code, shape[0] * shape[1], *transforms.values())
-        counts = np.bincount(code, minlength=shape[0] * shape[1]).reshape(shape)
+        x = None if depth is None or raw else depth - depth.mean()
+        sums = pool.sums(code, shape[0] * shape[1], *transforms.values(), weights=x)
+        sums = sums.reshape(len(sums), *shape, -1)
+
+        def sum_spots(weights: np.ndarray | None = None) -> np.ndarray:
+            return np.bincount(code, weights, shape[0] * shape[1]).reshape(shape)
+
         return cls(
             pool,
             samples,
             labels,
-            counts,
+            sum_spots(),
             raw=count_cells(pool, code, shape, depth) if raw else None,
             depth=depth,
-            by_depth=None if depth is None or raw else DepthCells.from_spots(pool, depth, code, shape),
-            **dict(zip(transforms, sums.reshape(len(transforms), *shape, -1), strict=True)),
+            by_depth=None if x is None else DepthCells(sum_spots(x), sum_spots(np.square(x)), sums[-1]),
+            **dict(zip(transforms, sums[: len(transforms)], strict=True)),
         )
 
     def sides(self, group: str, reference: str) -> np.ndarray:
@@ -275,37 +251,3 @@ class Contrast:
             adjustment=None if self.adjustment is None else self.adjustment[:, genes],
             shift=None if self.shift is None else self.shift[..., genes],
         )
-
-
-def depth_of(pool: SpotData, depth: str | None) -> np.ndarray | None:
-    """Natural log of the depth of each spot ``(n,)``; ``None`` if it is not known.
-
-    ``"auto"``: total counts of the layer if it holds counts, else of ``X``; otherwise a column of obs. Up to 5 % of the spots may
-    have no counts; they get the median depth of their section.
-    """
-    if depth is None:
-        return None
-    layer = pool.layer if pool.scale == "counts" else None
-    if depth != "auto":
-        totals = pd.to_numeric(pool.obs(depth, "depth"), errors="coerce").to_numpy(float)
-    elif any(_lacks_counts(t, layer) for t, rows in zip(pool.tables, pool.rows, strict=True) if len(rows)):
-        return None
-    else:
-        totals = pool.totals(layer)
-    known = np.isfinite(totals) & (totals > 0)
-    if known.all():
-        return np.log(totals)
-    if depth == "auto":
-        counted = pd.Series(np.where(known, totals, np.nan))
-        filled = counted.fillna(counted.groupby(pool.units).transform("median"))
-        return np.log(filled.to_numpy()) if known.mean() >= 1 - _MAX_EMPTY and filled.notna().all() else None
-    raise ValueError(
-        f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
-        "design=hg.Design(depth=None) for no adjustment"
-    )
-
-
-def _lacks_counts(table: AnnData, layer: str | None) -> bool:
-    return (layer is None and (OWN_TABLE in table.uns or table.X is None)) or summarize_values(
-        matrix_of(table, layer)
-    ).kind != "counts"

@@ -14,12 +14,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..._core.expression import Scale
 from ..._core.genes import find_genes
 from ..._core.logs import logger
 from ..._core.spots import SpotData
-from .contrast import MIN_SPOTS, depth_of
-from .provenance import measured_part
+from .contrast import MIN_SPOTS
 
 #: Number of genes of highest mean in the classifier, and of their principal components.
 _GENES, _COMPONENTS = 1000, 30
@@ -28,10 +26,18 @@ _MIN_AGREEMENT, _GOOD_AGREEMENT = 0.85, 0.95
 
 
 def cross_fitted_halves(
-    spots: SpotData, measured: str | None, scale: Scale, depth: str | None, groups: Sequence[str] | None, reference: str
+    spots: SpotData,
+    known: SpotData,
+    seen: np.ndarray,
+    depth: np.ndarray | None,
+    *,
+    groups: Sequence[str] | None,
+    reference: str,
 ) -> tuple[list[SpotData], float]:
-    """Two halves of the genes, each with labels from measured genes outside it, and the lower agreement of their labels."""
-    known, seen = measured_part(spots, measured, scale)
+    """Two halves of the genes, each with labels from measured genes outside it, and the lower agreement of their labels.
+
+    ``known`` has the measured values of the measured spots, a mask ``seen`` of the spots, and ``depth`` their log depth.
+    """
     lacking = sorted(set(spots.units) - set(known.units))
     if lacking:
         raise ValueError(
@@ -42,11 +48,10 @@ def cross_fitted_halves(
     common = spots.tables[0].var_names
     for table in spots.tables[1:]:
         common = common[find_genes(common, table.var_names) >= 0]
-    depths = depth_of(known, depth)
     halves, agreements, worst = [], [], []
     for i in (0, 1):
         genes = spots.genes[i::2]
-        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depths)
+        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depth)
         halves.append(replace(spots, genes=genes, labels=labels))
         agreements.append(_agreement(labels, spots.labels, groups, reference))
         worst.append(_worst_group(labels, spots, groups, reference))

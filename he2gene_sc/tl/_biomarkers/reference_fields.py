@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.labelled import depth_of
 from ..._core.slide import mean_colours
 from ..._core.spots import SpotData
-from .contrast import depth_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -1,4 +1,4 @@
-"""Expression of the labelled spots for the tests of groups, on one scale and with the common genes of all tables."""
+"""Choose the spots and genes of a test: labelled, measured, with the common genes of all tables; and the depth of the spots."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 from scipy.sparse import issparse
 
-from ..._core import validate
-from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots
-from ..._core.expression import Scale, count_totals, log_expression
-from ..._core.genes import find_genes
-from ..._core.keys import Keys
-from ..._core.logs import logger
-from ..._core.matrix import blocks_of, matrix_of
-from ..._core.names import clean_samples
-from ..._core.predictions import prediction_of
-from ..._core.spots import SpotData
+from . import validate
+from .duplicates import check_duplicate_sections, check_duplicate_spots
+from .expression import Scale, count_totals, log_expression, summarize_values
+from .genes import find_genes
+from .keys import OWN_TABLE, Keys
+from .logs import logger
+from .matrix import blocks_of, matrix_of
+from .names import clean_samples
+from .predictions import prediction_of
+from .spots import SpotData
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 #: Usual names of ``obs`` columns with patients.
 _PATIENT_COLUMNS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
+#: Largest share of spots without counts for which depth counts as known.
+_MAX_EMPTY = 0.05
 
 
 def labelled_spots(
@@ -177,3 +181,54 @@ def check_replicates(spots: SpotData, sample_key: str) -> None:
                 stacklevel=3,
             )
             return
+
+
+def measured_part(
+    spots: SpotData, measured: str | None, scale: Scale, expected: Literal["counts", "log"] | None = None
+) -> tuple[SpotData, np.ndarray]:
+    """Spots with measured values, and their mask ``(n,)``; spots without counts were not measured."""
+    made = np.array([OWN_TABLE in table.uns for table in spots.tables])[spots.objects]
+    seen = ~made
+    seen[~made] = spots.take(~made).totals(measured, "measured") > 0
+    expected = expected or ("counts" if measured is None else "log")
+    chosen = spots.take(seen)
+    for table, rows in zip(chosen.tables, chosen.rows, strict=True):
+        if len(rows):
+            log_expression(
+                table[rows], measured, genes=np.zeros(0, int), scale=scale, expected=expected, parameter="measured"
+            )
+    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen
+
+
+def depth_of(spots: SpotData, depth: str | None) -> np.ndarray | None:
+    """Natural log of the depth of each spot ``(n,)``; ``None`` if it is not known.
+
+    ``"auto"``: total counts of the layer if it holds counts, else of ``X``; otherwise a column of obs. Up to 5 % of the spots may
+    have no counts; they get the median depth of their section.
+    """
+    if depth is None:
+        return None
+    layer = spots.layer if spots.scale == "counts" else None
+    if depth != "auto":
+        totals = pd.to_numeric(spots.obs(depth, "depth"), errors="coerce").to_numpy(float)
+    elif any(_lacks_counts(t, layer) for t, rows in zip(spots.tables, spots.rows, strict=True) if len(rows)):
+        return None
+    else:
+        totals = spots.totals(layer)
+    known = np.isfinite(totals) & (totals > 0)
+    if known.all():
+        return np.log(totals)
+    if depth == "auto":
+        counted = pd.Series(np.where(known, totals, np.nan))
+        filled = counted.fillna(counted.groupby(spots.units).transform("median"))
+        return np.log(filled.to_numpy()) if known.mean() >= 1 - _MAX_EMPTY and filled.notna().all() else None
+    raise ValueError(
+        f"`depth` {depth!r} is not a number above 0 for {int((~known).sum())} spots; name a column of total counts, or pass "
+        "design=hg.Design(depth=None) for no adjustment"
+    )
+
+
+def _lacks_counts(table: AnnData, layer: str | None) -> bool:
+    return (layer is None and (OWN_TABLE in table.uns or table.X is None)) or summarize_values(
+        matrix_of(table, layer)
+    ).kind != "counts"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 
-from ..._core.expression import Scale, log_expression
-from ..._core.genes import find_genes
-from ..._core.keys import OWN_TABLE, Keys
-from ..._core.names import clean_names
-from ..._core.ownership import is_prediction, is_record_of
-from ..._core.predictions import prediction_of
-from ..._core.spots import SpotData
+from .genes import find_genes
+from .keys import Keys
+from .names import clean_names
+from .ownership import is_prediction, is_record_of
+from .predictions import prediction_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 def circularity(tables: Sequence[AnnData], groupby: str, layer: str | None) -> str:
@@ -88,7 +87,7 @@ def _determined_share(tables: Sequence[AnnData], groupby: str, name: str) -> flo
     return float(share) if share - most > 0.8 * (1 - most) else 0.0
 
 
-def are_reliable(names: pd.Series, tables: Sequence[AnnData], layer: str | None) -> np.ndarray:
+def are_reliable(names: pd.Series | pd.Index, tables: Sequence[AnnData], layer: str | None) -> np.ndarray:
     """Whether the model cards call genes reliable in every table, ``(g,)``; measured values are."""
     first = None
     for table in tables:
@@ -102,20 +101,3 @@ def are_reliable(names: pd.Series, tables: Sequence[AnnData], layer: str | None)
         else:
             first &= np.append(flags.to_numpy(), False)[find_genes(first.index, flags.index)]
     return np.ones(len(names), bool) if first is None else first.rename(index=str).reindex(names).to_numpy(bool)
-
-
-def measured_part(
-    spots: SpotData, measured: str | None, scale: Scale, expected: Literal["counts", "log"] | None = None
-) -> tuple[SpotData, np.ndarray]:
-    """Spots with measured values, and their mask ``(n,)``; spots without counts were not measured."""
-    made = np.array([OWN_TABLE in table.uns for table in spots.tables])[spots.objects]
-    seen = ~made
-    seen[~made] = spots.take(~made).totals(measured, "measured") > 0
-    expected = expected or ("counts" if measured is None else "log")
-    chosen = spots.take(seen)
-    for table, rows in zip(chosen.tables, chosen.rows, strict=True):
-        if len(rows):
-            log_expression(
-                table[rows], measured, genes=np.zeros(0, int), scale=scale, expected=expected, parameter="measured"
-            )
-    return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen
