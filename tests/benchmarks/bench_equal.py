@@ -131,7 +131,7 @@ def main():
                 said, off = f"{gap:.1e} ({gap / scale:.1e} of the largest)", gap / scale > BOUND
             wrong += off and why is None
             print(f"{name} {key:44s} {said}{'' if not off else f'  meant: {why}' if why else '  DIFFERS'}", flush=True)
-    sys.exit(wrong > 0)
+    sys.exit(int(wrong > 0))
 
 
 if __name__ == "__main__":
