@@ -1,4 +1,4 @@
-"""Choose the spots and genes of a test: labelled, measured, with the common genes of all tables; and the depth of the spots."""
+"""Choose the labelled, measured spots and the common genes of a test, and read the depth of the spots."""
 
 from __future__ import annotations
 

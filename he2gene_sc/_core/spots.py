@@ -233,6 +233,8 @@ class SpotData:
         """Return a column of ``obs`` at the spots."""
         used = [(table, rows) for table, rows in zip(self.tables, self.rows, strict=True) if len(rows)]
         parts = [column_of(table, key, parameter).iloc[rows] for table, rows in used]
+        if not parts:
+            return pd.Series(dtype=object)
         return pd.concat([part.astype(object) for part in parts], ignore_index=True).infer_objects()
 
     def totals(self, layer: str | None, parameter: str = "layer") -> np.ndarray:

@@ -138,6 +138,8 @@ def _trust(slide: Slide, section: Section) -> None:
         section.text.append(
             f"Compared with the training data, this slide is: {record['verdict']}. {share:.0%} of the spots are out of distribution."
         )
+    if "reasons" in record:
+        section.text.append(f"Do not trust this prediction, because of {'; '.join(record['reasons'])}.")
     if slide.card is not None:
         section.text.append(slide.card.intended_use)
         limitations = [str(text).replace("genes.csv", _GENE_TABLE) for text in slide.card.limitations]

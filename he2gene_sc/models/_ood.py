@@ -70,7 +70,7 @@ class OODDetector:
             "stain": stain,
             "focus": facts.faults.max(1, initial=0),
             "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
-            # Features of a coarser slide differ for that reason alone.
+            # The resolution of a coarser slide already changes its features.
             "tissue": np.zeros(n) if self._coarseness(facts.mpp) > 1 else self._tissue(distance, residual),
         }
         # Stain and focus belong to the slide: no spot scores better than the median.
@@ -189,18 +189,18 @@ def distance_to_bank(projected: np.ndarray, bank: np.ndarray) -> np.ndarray:
 
 
 def apparent_sides(features: np.ndarray, size: np.ndarray, windows_um: tuple[float, ...]) -> np.ndarray:
-    """Return log2 of the apparent over the stated side of each window, the mean over spots ``(w,)``; empty without a fit."""
+    """Return log2 of the apparent over the stated side of each window, the smallest first, mean over spots ``(w,)``; empty without a fit."""
     if not len(size) or not len(features):
         return np.zeros(0)
     k, w = len(size) - 1, len(windows_um)
     windows = features[:, : k * w].reshape(-1, w, k).mean(0, dtype=np.float64)
-    return windows @ size[:-1] + size[-1] - np.log2(windows_um)
+    return (windows @ size[:-1] + size[-1] - np.log2(windows_um))[np.argsort(windows_um)]
 
 
 def size_error(sides: np.ndarray) -> float:
     """Return the error of the stated size in octaves, from the result of :func:`apparent_sides`; NaN if that is empty.
 
-    The fit knows no side outside the range of the windows. So the mean is without the largest window, or without the smallest,
-    whichever is farther from 0.
+    The fit knows no side outside the range of the windows. The largest or the smallest window is therefore left out: the mean
+    farther from 0 is returned.
     """
     return float(max(sides[:-1].mean(), sides[1:].mean(), key=abs)) if len(sides) > 1 else float("nan")

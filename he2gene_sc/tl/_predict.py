@@ -149,8 +149,9 @@ def predict(
         layer is a dask array. ``head``: digest of the head. ``gene_symbols``: the argument, if given; verbs that read the prediction
         use it. ``genes``, ``known_patient``, ``exact`` and ``lattice``: the arguments, if given. ``given``: names of the arguments
         that chose image, spots, µm/px, precision and kind of patient. ``known_sections``: training sections that the slides were
-        recognised as; ``known_patient`` is then recorded even if not given. ``features``: the key in ``obsm`` and how they were
-        computed. ``interpolated`` and ``lattice_um``: shapes with interpolated features, and the step for each window.
+        recognised as; ``known_patient`` is then recorded even if not given. ``verdict``: comparison of the slide with the training
+        data; ``reasons``: texts, if it is out of distribution or without tissue. ``features``: the key in ``obsm`` and how they
+        were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated features, and the step for each window.
 
     ``.uns["X_he2gene_rows"]``
         Digest of each row of the embedding, with which :func:`he2gene_sc.get.expression` checks it.
@@ -248,7 +249,7 @@ def predict(
         "device": how.device.type,
         **how.facts(model, dense),
         **_describe(slides, [level for level, _, _ in results]),
-        **_summary(predictions),
+        **_summary(slides, predictions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
         **({"known_patient": is_known} if sections or known_patient is not None else {}),
@@ -283,8 +284,8 @@ def feature_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"tta": bool(record["tta"]), "dtype": str(record["dtype"]), "lattice": float(record["lattice"])}
 
 
-def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
-    """Return the share of spots on tissue and the out-of-distribution verdict, for ``uns``."""
+def _summary(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> dict[str, object]:
+    """Return the share of spots on tissue, and the out-of-distribution verdict with its reasons, for ``uns``."""
     from ..image import MIN_TISSUE
     from ..models._ood import VERDICTS
 
@@ -296,6 +297,13 @@ def _summary(predictions: Sequence[Predictions]) -> dict[str, object]:
         score = np.concatenate([ood.score for ood in ood_results])
         summary["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
         summary["verdict"] = max((ood.verdict for ood in ood_results), key=VERDICTS.index)
+    reasons = [
+        f"{slide.shapes_key!r}: {reason}" if len(slides) > 1 else reason
+        for slide, result in zip(slides, predictions, strict=True)
+        for reason in (() if result.ood is None else result.ood.reasons)
+    ]
+    if reasons:
+        summary["reasons"] = reasons
     return summary
 
 

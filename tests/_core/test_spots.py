@@ -1,11 +1,14 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from scipy.sparse import csc_matrix, csr_matrix
 
 import he2gene_sc as hg
+from he2gene_sc._core import spots as spots_module
 from he2gene_sc._core.names import clean_name, clean_name_argument, clean_names, names_of
 from he2gene_sc._core.spots import read_spots, samples_of, sections_of, unique_section_names
 from tests.helpers.patients import pool
@@ -187,3 +190,35 @@ def test_a_table_without_patients_is_one_patient_and_section_names_are_unique_by
         "q_s",
     ]
     assert unique_section_names(both, patients) is both
+
+
+def test_sums_with_weights_leave_out_spots_without_a_code(monkeypatch):
+    monkeypatch.setattr(spots_module, "_BLOCK", 12)
+    rng = np.random.default_rng(0)
+    table = AnnData(rng.random((10, 4)).astype(np.float32), obs=pd.DataFrame({"label": list("ab") * 5}))
+    table.layers["values"] = table.X
+    codes, weights = np.array([0, 1, -1, 0, 1, 1, -1, 0, 0, 1]), rng.normal(size=10)
+    spots = read_spots(table, "label", "groupby", layer="values")
+    plain, squares, weighted = spots.sums(codes, 2, np.asarray, np.square, weights=weights)
+    for code in (0, 1):
+        own = codes == code
+        np.testing.assert_allclose(plain[code], table.X[own].sum(0), rtol=1e-6)
+        np.testing.assert_allclose(squares[code], np.square(table.X[own]).sum(0), rtol=1e-6)
+        np.testing.assert_allclose(weighted[code], (table.X[own] * weights[own, None]).sum(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, csr_matrix, csc_matrix])
+def test_counts_of_tables_with_other_names_have_the_columns_of_the_genes(monkeypatch, kind):
+    monkeypatch.setattr(spots_module, "_BLOCK", 6)
+    counts = np.array([[1, 0, 2], [3, np.nan, 0], [0, 5, 4]])
+    tables = []
+    for names in (["SEPT2", "ERBB2", "X1"], ["ERBB2", "SEPTIN2", "X2"]):
+        table = AnnData(kind(counts), obs=pd.DataFrame({"label": list("aba"), "patient": names[0]}))
+        table.var_names = names
+        tables.append(table)
+    spots = replace(read_spots(tables, "label", "groupby"), genes=pd.Index(["SEPT2", "ERBB2", "X1"]))
+    found = np.zeros((6, 3))
+    for where, block, columns in spots.counts():
+        found[where] = np.where(columns < 0, 0, block.toarray()[:, columns])
+    known = np.nan_to_num(counts)
+    np.testing.assert_array_equal(found, np.vstack([known, np.c_[known[:, 1], known[:, 0], np.zeros(3)]]))

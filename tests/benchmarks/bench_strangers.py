@@ -5,7 +5,7 @@
 
 Parts:
   altered   a crop of C5 and of B4 as it is, stained otherwise, blurred, noisy, compressed, with a wrong µm/px: share of the
-            spots that are flagged, in all and by cause, by the bundled model
+            spots that are flagged, in total and by cause, by the bundled model
   unseen    the same of a section of each patient, A1, B4 and C5, by a model of the two other patients
   held-out  models of all patients but one: balanced accuracy, calibration error and share flagged of the one held out;
             mean Pearson over the 250 genes of highest mean / the 50 most variable, of the model, of a plain ridge on the
@@ -140,8 +140,8 @@ ALTERED = {
 
 
 @contextlib.contextmanager
-def judged():
-    """Yield what is found of the slides meanwhile: share of the spots on tissue that are flagged by each cause; octaves by window."""
+def recorded_results():
+    """Record for each predicted slide the share of tissue spots flagged by each cause, and the octaves of each window."""
     found, sides, assess, apparent = [], [], _ood.OODDetector.assess, _ood.apparent_sides
 
     def measured(*arguments):
@@ -160,8 +160,11 @@ def judged():
 
 
 def said(title, sdata, mpp, **options):
-    """Print a row: spots, share on tissue, share flagged, by cause, verdict, classes of the spots that are called."""
-    with warnings.catch_warnings(record=True) as caught, judged() as found:
+    """Print a row: spots, share on tissue, share flagged, by cause, verdict, classes of the spots that are called.
+
+    Return whether the slide was predicted.
+    """
+    with warnings.catch_warnings(record=True) as caught, recorded_results() as found:
         warnings.simplefilter("always")
         options = {"genes": ["ERBB2"], "device": "cpu", "dtype": "float32", "show_progress_bar": False, **options}
         try:
@@ -228,7 +231,7 @@ def held_out(arguments):
         model = model_without(patient, arguments.cache)
         for name in (name for name in SECTIONS if name[0] == patient):
             sdata = hg.datasets.her2st(name)
-            with judged() as found:
+            with recorded_results() as found:
                 hg.tl.predict(sdata, model=model, device="cpu", dtype="float32", show_progress_bar=False)
             table = sdata["table"]
             proba = table.obsm["he2gene_annotation_proba"]

@@ -1,13 +1,16 @@
 """Detection of slides out of distribution."""
 
+import html
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import spatialdata as sd
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
+from he2gene_sc.models import _ood
 from he2gene_sc.models._ood import (
     CAUSES,
     OODDetector,
@@ -64,6 +67,29 @@ def test_images_without_tissue_structure_are_detected(model, change):
         score = predict(painted(change), model, mpp=2.0)
     assert sum(ODD in str(w.message) for w in caught) == 1
     assert (score > 1).mean() > 0.9
+
+
+def test_a_saved_prediction_and_its_report_state_why_not_to_trust_it(model, tmp_path):
+    sdata = painted(lambda x: 255 - x)
+    with pytest.warns(UserWarning, match=ODD) as caught:
+        predict(sdata, model, mpp=2.0)
+    hg.io.save(sdata, tmp_path / "slide.zarr")
+    saved = sd.read_zarr(tmp_path / "slide.zarr")
+    reasons = list(saved["table"].uns["he2gene"]["reasons"])
+    page = hg.report(saved, tmp_path / "report.html").read_text()
+    assert reasons
+    for reason in reasons:
+        assert any(reason in str(w.message) for w in caught)
+        assert reason in html.unescape(page)
+
+
+def test_a_slide_like_training_needs_no_reason(model):
+    sdata = painted(lambda x: 255 - x)
+    with pytest.warns(UserWarning, match=ODD):
+        predict(sdata, model, mpp=2.0)
+    sdata["he"].data = 255 - sdata["he"].data
+    predict(sdata, model, mpp=2.0)
+    assert "reasons" not in sdata["table"].uns["he2gene"]
 
 
 @pytest.mark.parametrize("value", [245, 0], ids=["blank glass", "black"])
@@ -207,15 +233,49 @@ def test_a_window_of_twice_the_size_is_one_octave_too_large():
 
 
 def test_windows_beyond_the_sizes_of_training_do_not_hide_a_wrong_size():
-    """As measured on a section of a new patient with half and twice its µm/px: the outermost window looks like the next one."""
-    assert size_error(np.array([0.87, 0.85, 0.15])) == pytest.approx(0.86)
-    assert size_error(np.array([-0.15, -0.95, -1.13])) == pytest.approx(-1.04)
+    """As measured with half and twice the µm/px: the largest window looks too small, the smallest too large."""
+    assert size_error(np.array([0.67, 0.73, 0.23])) == pytest.approx(0.70)
+    assert size_error(np.array([-0.27, -0.81, -0.81])) == pytest.approx(-0.81)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_apparent_sides_do_not_depend_on_the_order_of_windows(order):
+    """Sides of 100 to 400 µm that look twice as large, and at most 450 µm: only the two smaller ones show it."""
+    sides = np.array([100.0, 200.0, 400.0])[list(order)]
+    features = np.log2(np.minimum(2 * sides, 450))[None, :, None].repeat(5, 0).reshape(5, 3)
+    found = apparent_sides(features, np.array([1.0, 0.0]), tuple(sides))
+    np.testing.assert_allclose(found, [1, 1, np.log2(450 / 400)])
+    assert size_error(found) == pytest.approx(1)
+
+
+def test_blocks_of_spots_give_the_same_result(monkeypatch):
+    detector, _ = fitted(slides())
+    (other,) = slides(1, seed=1)
+    other[:, [2, 7]] += 2
+    tissue = SlideFacts(0.5, np.where(np.arange(60) < 25, 0, 1).astype(np.float32), np.zeros((60, 3), np.float32))
+    whole = detector.assess(other, tissue)
+    monkeypatch.setattr(_ood, "row_blocks", lambda n: [slice(i, min(n, i + 7)) for i in range(0, n, 7)])
+    blocks = detector.assess(other, tissue)
+    assert blocks.octaves == pytest.approx(whole.octaves)
+    np.testing.assert_allclose(blocks.score, whole.score, rtol=1e-6)
 
 
 def test_one_section_at_another_resolution_does_not_allow_every_size():
+    """Its fourth feature depends on the size of a window instead of the third, which the other sections cannot show."""
     features = slides(5)
-    features[0][:, [2, 7]] += 3
+    for x, column in zip(features, (8, 7, 7, 7, 7), strict=True):
+        x[:, 7] -= 3
+        x[:, column] += 12
     assert fitted(features)[0].limits["octaves"] == 0.75
+
+
+def test_no_training_section_is_out_of_distribution_by_resolution():
+    features = slides(6)
+    for i, x in enumerate(features):
+        x[:, [2, 7]] += 3 * (-1) ** i
+    detector, _ = fitted(features)
+    assert detector.limits["octaves"] > 0.8
+    assert all(detector.assess(x, facts(60)).causes["resolution"] == 0 for x in features)
 
 
 @pytest.mark.parametrize("n", [1, 3, 60])

@@ -501,6 +501,11 @@ def test_cross_fitted_labels_are_not_circular():
         markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True)
     with pytest.raises(ValueError, match="`cross_fit` needs several sections"):
         markers(tables[1], "he2gene_annotation", layer="he2gene", cross_fit=True)
+    for table in tables:
+        table.obs["total"] = 10.0
+        table.X = np.zeros_like(table.X)
+    with pytest.raises(ValueError, match="`cross_fit`: section 'S0' of sample 'P0'.* has no measured counts"):
+        markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth="total")
 
 
 def test_low_agreement_of_cross_fitted_labels_is_a_warning_or_an_error():

@@ -180,6 +180,7 @@ def biomarkers(
         halves, agreement = cross_fitted_halves(
             spots, known, seen, depth_of(known, design.depth), groups=groups, reference=reference
         )
+        # Both halves have the same spots.
         depth = depth_of(halves[0], design.depth) if takes_depth else None
         parts = [compare(half, depth=depth, **run) for half in halves]
     elif chosen.name == "ppi":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +33,9 @@ _BANK = 1500
 _LIMIT_QUANTILE = 0.9
 #: Factor of the limits if sections of one patient were left out instead of patients.
 _ONE_PATIENT_FACTOR = 1.5
-#: Limit of the apparent size in octaves, at least and at most, so that a size wrong by two is detected; and factor on the worst
-#: left-out section.
-_OCTAVES, _MARGIN = (0.6, 0.75), 2.0
+#: Limit of the apparent size in octaves: the error of the worst left-out section times 2, at least and at most this, so that a
+#: size wrong by two is detected. But at least the error of the worst training section times 3: more, if features hardly show the size.
+_OCTAVES, _LEFT_OUT_FACTOR, _OWN_FACTOR = (0.6, 0.75), 2.0, 3.0
 #: Largest µm/px of a slide, relative to the coarsest training image.
 _MAX_COARSENING = 1.3
 #: Quantile of a patient's spots outside the range of stains, at each end.
@@ -72,12 +72,12 @@ def fit_detector(
         features, patients if len(names) > 1 else [str(i) for i in range(len(sections))], encoded
     )
     slack = 1.0 if len(names) > 1 else _ONE_PATIENT_FACTOR
-    tensors[SIZE], octaves = _fit_sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
+    tensors[SIZE], own, left_out = _fit_sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
     coarsest = max(max(section.mpp for section in sections), min(windows_um) / input_px)
     limits: dict[str, object] = {
         "distance": _limit(distances, slack),
         "rest": _limit(residuals, slack),
-        "octaves": round(float(np.clip(_MARGIN * np.max(np.abs(octaves)), *_OCTAVES)), 6),
+        "octaves": round(max(_OWN_FACTOR * own, float(np.clip(_LEFT_OUT_FACTOR * left_out, *_OCTAVES))), 6),
         "mpp": round(_MAX_COARSENING * coarsest, 6),
     }
     known_limit = _known_patient_limit(features, patients, encoded)
@@ -166,7 +166,7 @@ def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict
     """Return the range of each value of :func:`stain_of`, wider for fewer patients.
 
     The range of n values of a uniform distribution is on average too small by 2 / (n − 1) of itself. Half of that is added, since
-    the spots of a patient vary too; for one patient, twice the range.
+    this range is over spots, which vary within a patient too; for one patient, twice the range is added.
     """
     names = list(dict.fromkeys(patients))
     ends = []
@@ -180,16 +180,18 @@ def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict
 
 def _fit_sizes(
     features: Sequence[np.ndarray], windows_um: tuple[float, ...], n_colour: int
-) -> tuple[np.ndarray, list[float]]:
-    """Fit window size to features; return the fit, and the error in octaves of each section by the fit to the others."""
+) -> tuple[np.ndarray, float, float]:
+    """Fit window size to features; return the fit, its worst error over sections in octaves, and that of fits to the others."""
     if len(windows_um) < 2:
-        return np.zeros(0, np.float32), [0.0]
+        return np.zeros(0, np.float32), 0.0, 0.0
     total = functools.reduce(operator.add, (_SizeSums.from_section(x, windows_um, n_colour) for x in features))
-    octaves = []
-    for x in features:
-        others = total - _SizeSums.from_section(x, windows_um, n_colour)
-        octaves.append(size_error(apparent_sides(x, others.fit(windows_um), windows_um)))
-    return total.fit(windows_um), octaves
+    size = total.fit(windows_um)
+
+    def worst_error(fits: Iterable[np.ndarray]) -> float:
+        return max(abs(size_error(apparent_sides(x, fit, windows_um))) for x, fit in zip(features, fits, strict=True))
+
+    others = ((total - _SizeSums.from_section(x, windows_um, n_colour)).fit(windows_um) for x in features)
+    return size, worst_error([size] * len(features)), worst_error(others)
 
 
 @dataclass(frozen=True)
