@@ -117,7 +117,9 @@ def _replace_folder(new: Path, target: Path) -> None:
         except OSError:
             # Another process replaced the folder between two steps.
             if replaced and not target.exists():
-                replaced.pop().rename(target)
+                with contextlib.suppress(OSError):
+                    replaced[-1].rename(target)
+                    replaced.pop()
             if not left:
                 raise
             time.sleep(0.05)

@@ -93,6 +93,27 @@ def test_several_threads_can_save_the_same_model_at_once(tiny_model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_model_that_another_process_writes_between_two_steps_is_replaced(tiny_model, tmp_path, monkeypatch):
+    target = tiny_model.save(tmp_path / "model")
+    rename, failed = Path.rename, []
+
+    def disturbed(self, to):
+        if to == target and len(failed) < 2:
+            # Neither the new nor the older folder can be moved there, since another one arrives first.
+            failed.append(self.name)
+            if len(failed) == 2:
+                target.mkdir()
+                (target / "weights.safetensors").write_bytes(b"of another process")
+            raise OSError(39, "Directory not empty")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", disturbed)
+    tiny_model.save(target)
+    assert "old" in failed[1]
+    assert load(target).name == "tiny"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_hidden_files_of_a_model_folder_are_kept(tiny_model, tmp_path):
     (tmp_path / "clone" / ".git").mkdir(parents=True)
     (tmp_path / "clone" / ".git" / "HEAD").write_text("ref")
