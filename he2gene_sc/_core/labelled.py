@@ -20,7 +20,7 @@ from .keys import OWN_TABLE, Keys
 from .logs import logger
 from .matrix import blocks_of, matrix_of
 from .names import clean_samples
-from .predictions import prediction_of
+from .predictions import IF_NONE_RELIABLE, prediction_of
 from .spots import SpotData
 
 if TYPE_CHECKING:
@@ -133,7 +133,8 @@ def _genes(
         genes = genes[find_genes(genes, good) >= 0]
     if not len(genes):
         raise ValueError(
-            "`reliable_only`: no gene is reliable by the model card; pass reliable_only=False to test all genes"
+            f"`reliable_only`: no gene is reliable on every slide by the model card. You can {IF_NONE_RELIABLE}; or pass "
+            "reliable_only=False to test all genes"
         )
     return genes
 

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from ..models import HE2Gene
 
+#: What can be done if no gene is reliable.
+IF_NONE_RELIABLE = (
+    "measure some spots and adapt the prediction (hg.tl.adapt), train on more patients (hg.tl.train), test gene sets "
+    "(hg.tl.programmes), or, for another section of a patient that the model was trained on, predict with known_patient=True"
+)
+
 
 def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_key: str | None = None) -> str:
     """Return the name of the table that ``predict(key_added=...)`` filled; a measured table comes first."""
@@ -90,6 +96,18 @@ def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, A
             "predict again"
         )
     return record
+
+
+def describe_reliable(table: AnnData, keys: Keys) -> str:
+    """State how many of the predicted genes are reliable, and what can be done if none is."""
+    record = table.uns[keys.uns]
+    predicted, reliable = (int(gene_flags(table, name).sum()) for name in (keys.predicted, keys.reliable))
+    patient = "another section of a training patient" if record.get("known_patient") else "a new patient"
+    if reliable:
+        return f"{reliable:,} of {predicted:,} predicted genes are reliable on {patient}"
+    if "reasons" in record:
+        return "no gene is reliable on such a slide"
+    return f"none of {predicted:,} predicted genes is reliable on {patient}. You can {IF_NONE_RELIABLE}"
 
 
 def summary_of(record: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from .._core.keys import PATIENT, SECTION, Keys
 from .._core.matrix import dense, matrix_of
 from .._core.names import clean_names
 from .._core.ownership import is_record_of, public_name
-from .._core.predictions import gene_flags
+from .._core.predictions import IF_NONE_RELIABLE, gene_flags
 from .._core.results import scores_of
 from .._core.spots import sections_of as section_names
 from .page import Cell, Section, Table
@@ -235,9 +235,7 @@ def _genes(slide: Slide, section: Section) -> None:
         return
     section.text += [
         "None of the predicted genes is reliable here. Do not interpret the map of a single gene.",
-        "You can measure some spots and adapt the prediction (hg.tl.adapt), train on your own sections of at least five patients "
-        "(hg.tl.train), use the annotation, or, for another section of a patient that the model was trained on, predict with "
-        "known_patient=True.",
+        f"You can {IF_NONE_RELIABLE}.",
     ]
 
 

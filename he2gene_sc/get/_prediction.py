@@ -17,7 +17,15 @@ from .._core.keys import OWN_TABLE, Keys
 from .._core.lazy import is_large
 from .._core.matrix import dense, layer_label, layer_names, matrix_of
 from .._core.names import annotation_target
-from .._core.predictions import embedding_of, gene_flags, predicted_layer, predicting_model, record_of, symbols_of
+from .._core.predictions import (
+    IF_NONE_RELIABLE,
+    embedding_of,
+    gene_flags,
+    predicted_layer,
+    predicting_model,
+    record_of,
+    symbols_of,
+)
 from .._core.spots import get_table
 from .._settings import settings
 
@@ -269,8 +277,7 @@ def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.n
         model = table.uns[keys.uns].get("model")
         raise ValueError(
             f"`reliable` is {reliable}: model {model!r} calls none of the {n_predicted:,} predicted genes reliable; use "
-            "reliable=None for all of them (hg.pl.predictability shows their accuracy in training), or train a model on more "
-            "sections and patients with hg.tl.train"
+            f"reliable=None for all of them (hg.pl.predictability shows their accuracy in training). You can {IF_NONE_RELIABLE}"
             if reliable
             else f"`reliable` is False: all {n_predicted:,} predicted genes are reliable; use reliable=None"
         )

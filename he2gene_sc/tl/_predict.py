@@ -20,7 +20,7 @@ from .._core.lazy import is_large
 from .._core.logs import logger
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
-from .._core.predictions import head_digest, summary_of
+from .._core.predictions import describe_reliable, head_digest, summary_of
 from .._core.slide import Slide
 from ._embed import encode_slide
 from ._encoding import (
@@ -273,9 +273,11 @@ def predict(
         fill_table(target[measured], stacked)
     else:
         put_table(target, new_table, make_table(slides, stacked, like=table), keys)
-    logger.info("predict: %s", summary_of(record))
+    written = target[measured if new_table is None else new_table]
+    summary = f"{summary_of(record)}; {describe_reliable(written, keys)}"
+    logger.info("predict: %s", summary)
     if how.bar:
-        print(f"predict: {summary_of(record)}", file=sys.stderr)
+        print(f"predict: {summary}", file=sys.stderr)
     return target if copy else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .._core.predictions import IF_NONE_RELIABLE
 from ..models import EncoderSpec, ModelCard
 from ..models._encoders.registry import input_facts
 from ._sections import Section
@@ -77,7 +78,13 @@ class ModelMetadata:
             "intended_use": self.intended_use,
             "limitations": self.limitations,
         }
-        return ModelCard(**given | facts)
+        given |= facts
+        if not genes["reliable"].any():
+            given["limitations"] = (
+                *given["limitations"],
+                f"No gene is reliable on a new patient. You can {IF_NONE_RELIABLE}.",
+            )
+        return ModelCard(**given)
 
     def spots(
         self, sections: Sequence[Section], n_spots: Sequence[int] | np.ndarray, codes: np.ndarray

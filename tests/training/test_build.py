@@ -139,7 +139,9 @@ def test_an_annotation_of_only_one_section_is_not_calibrated_and_the_card_says_s
     known = replace(facts(N_GENES), limitations=("One.",))
     found = build_model(bare, known, recipe(), n_colour=N_COLOUR, n_target=4)
     assert "its probabilities are NOT calibrated" in caplog.text
-    assert found.card.limitations == ("One.", "The probabilities of its annotation are not calibrated.")
+    *given, last = found.card.limitations
+    assert given == ["One.", "The probabilities of its annotation are not calibrated."]
+    assert last.startswith("No gene is reliable on a new patient. You can measure some spots")
 
 
 def test_a_fold_trained_on_few_labels_is_not_used_for_calibration(sections):
