@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
-from .._core.predictions import predicting_model, symbols_of
+from .._core.predictions import IF_NONE_RELIABLE, predicting_model, symbols_of
 from .._core.results import find_result
 from .._core.spots import get_table
 from ._canvas import NAME_SIZE, axes_for, finish, name_points
@@ -137,7 +138,11 @@ def predictability(
     ax.set_xlim(0.8, 1.3 * len(table))
     ax.set_xlabel("genes, best predicted first (rank)")
     ax.set_ylabel(y_label)
-    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2, "frameon": False, "fontsize": 8}
+    if key is None and not table["reliable"].any():
+        hint = textwrap.fill(f"No gene is reliable. You can {IF_NONE_RELIABLE}.", 80)
+        legend |= {"title": hint, "title_fontsize": 8}
+    ax.legend(**legend)
     _label(ax, table, chosen)
     return finish([ax], save, title, show, return_fig)
 

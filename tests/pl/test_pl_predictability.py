@@ -101,3 +101,12 @@ def test_the_column_of_symbols_is_the_one_that_predict_recorded(bundled):
     best = bundled.genes["pcc"].iloc[:50].to_numpy().argsort()[::-1][:2]
     assert [text.get_text() for text in recorded.texts] == [f"g{i}" for i in best]
     assert [text.get_text() for text in stated.texts] == [f"g{i}" for i in best]
+
+
+def test_without_a_reliable_gene_the_legend_says_what_can_be_done(bundled):
+    none = replace(bundled, genes=bundled.genes.assign(reliable=False))
+    titles = [hg.pl.predictability(model).get_legend().get_title().get_text() for model in (bundled, none)]
+    assert not titles[0]
+    assert " ".join(titles[1].split()).startswith(
+        "No gene is reliable. You can measure some spots and adapt the prediction"
+    )
