@@ -99,15 +99,11 @@ def record_of(table: AnnData, prediction_key: str = "he2gene") -> Mapping[str, A
 
 
 def describe_reliable(table: AnnData, keys: Keys) -> str:
-    """State how many of the predicted genes are reliable, and what can be done if none is."""
-    record = table.uns[keys.uns]
+    """State how many of the predicted genes are reliable."""
     predicted, reliable = (int(gene_flags(table, name).sum()) for name in (keys.predicted, keys.reliable))
-    patient = "another section of a training patient" if record.get("known_patient") else "a new patient"
-    if reliable:
-        return f"{reliable:,} of {predicted:,} predicted genes are reliable on {patient}"
-    if "reasons" in record:
-        return "no gene is reliable on such a slide"
-    return f"none of {predicted:,} predicted genes is reliable on {patient}. You can {IF_NONE_RELIABLE}"
+    known = table.uns[keys.uns].get("known_patient")
+    patient = "another section of a patient that the model was trained on" if known else "a new patient"
+    return f"{reliable:,} of {predicted:,} predicted genes are reliable on {patient}"
 
 
 def summary_of(record: Mapping[str, Any]) -> str:

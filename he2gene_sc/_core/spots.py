@@ -181,9 +181,9 @@ class SpotData:
             yield where, block
 
     def counts(self) -> Iterator[tuple[slice, Any, np.ndarray]]:
-        """Yield blocks of raw counts of all genes of a table, csr float64 without NaN, with the positions of their spots.
+        """Yield blocks of raw counts ``(b, n_vars)``, csr float64 without NaN, with the positions of their spots.
 
-        The third item has the column of each gene of ``genes``, -1 if the table does not list it.
+        The third item has the column of each gene of ``genes`` ``(g,)``, -1 if the table does not list it.
         """
         from scipy.sparse import csr_array
 

@@ -15,7 +15,7 @@ from .._core.keys import PATIENT, SECTION, Keys
 from .._core.matrix import dense, matrix_of
 from .._core.names import clean_names
 from .._core.ownership import is_record_of, public_name
-from .._core.predictions import IF_NONE_RELIABLE, gene_flags
+from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags
 from .._core.results import scores_of
 from .._core.spots import sections_of as section_names
 from .page import Cell, Section, Table
@@ -112,14 +112,11 @@ def sections_of(slide: Slide) -> list[Section]:
 
 def _trust(slide: Slide, section: Section) -> None:
     keys, record = slide.keys, slide.record
-    n_reliable = len(slide.genes_by_reliability(True))
-    n_predicted = int(gene_flags(slide.table, keys.predicted).sum())
-    target = "another section of a patient that the model was trained on" if slide.known_patient else "a new patient"
     if slide.options["shapes_key"] is not None and len(pd.unique(section_names(slide.table))) > 1:
         section.text.append(
             f"Maps show only {slide.options['shapes_key']!r}; numbers are for all regions of the table."
         )
-    section.text.append(f"{n_reliable:,} of {n_predicted:,} predicted genes are reliable on {target}.")
+    section.text.append(f"{describe_reliable(slide.table, keys)}.")
     if slide.known_sections:
         section.text.append(
             f"The model was trained on the image of {validate.format_list(slide.known_sections)}, so metrics on it are optimistic."
@@ -139,7 +136,7 @@ def _trust(slide: Slide, section: Section) -> None:
             f"Compared with the training data, this slide is: {record['verdict']}. {share:.0%} of the spots are out of distribution."
         )
     if "reasons" in record:
-        section.text.append(f"Do not trust this prediction, because of {'; '.join(record['reasons'])}.")
+        section.text.append(f"Do not trust this prediction: {'; '.join(record['reasons'])}.")
     if slide.card is not None:
         section.text.append(slide.card.intended_use)
         limitations = [str(text).replace("genes.csv", _GENE_TABLE) for text in slide.card.limitations]

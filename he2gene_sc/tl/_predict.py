@@ -20,7 +20,7 @@ from .._core.lazy import is_large
 from .._core.logs import logger
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
-from .._core.predictions import describe_reliable, head_digest, summary_of
+from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags, head_digest, summary_of
 from .._core.slide import Slide
 from ._embed import encode_slide
 from ._encoding import (
@@ -275,6 +275,8 @@ def predict(
         put_table(target, new_table, make_table(slides, stacked, like=table), keys)
     written = target[measured if new_table is None else new_table]
     summary = f"{summary_of(record)}; {describe_reliable(written, keys)}"
+    if "reasons" not in record and not gene_flags(written, keys.reliable).any():
+        summary += f". You can {IF_NONE_RELIABLE}"
     logger.info("predict: %s", summary)
     if how.bar:
         print(f"predict: {summary}", file=sys.stderr)

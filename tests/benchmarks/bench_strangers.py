@@ -11,6 +11,8 @@ Parts:
             mean Pearson over the 250 genes of highest mean / the 50 most variable, of the model, of a plain ridge on the
             same features, standardised within the slide, beside the mean of the neighbours (penalty 100 times the
             features), and of colour, alone and so; the model minus the ridge with its 95 % interval over squares of tissue
+  coarse    B4, C2, C3 and C5 at the µm/px of A, by the bundled model: share of the spots that are flagged, verdict
+  photos    photographs and an IHC picture of scikit-image, as if at 0.5 µm/px
   placed    share of the spots of her2st on tissue as they are, mirrored, turned, swapped, and shifted by a tenth and a fifth
   passing   what alterations that are not flagged cost on C5: mean Pearson over 250 genes, agreement of the annotation
   slides    the slides of a Python file of your own, with `ITEMS` (names) and `load(name)` (SpatialData with an image "he",
@@ -31,6 +33,7 @@ from unittest import mock
 import bench_training
 import numpy as np
 import pandas as pd
+import skimage.data
 import torch
 from bench_trust import pixels_of
 from PIL import Image
@@ -307,6 +310,22 @@ def gap(first, second, truth, genes, places, side=800):
     return f"{difference(np.arange(len(t))):.3f} ({low:.3f} to {high:.3f})"
 
 
+def coarse(arguments):
+    (at,) = resolve(hg.datasets.her2st("A1"))
+    for name in ("B4", "C2", "C3", "C5"):
+        sdata = hg.datasets.her2st(name)
+        (own,) = resolve(sdata)
+        image, centres, mpp, _ = bench_training.rescaled(sdata, own.mpp / at.mpp)
+        said(f"{name} at {mpp:.2g} µm/px", slide(image, centres, mpp), mpp)
+
+
+def photos(arguments):
+    for name in ("retina", "coffee", "astronaut", "rocket", "immunohistochemistry"):
+        image = np.moveaxis(getattr(skimage.data, name)(), -1, 0)
+        x, y = np.meshgrid(*(np.arange(100, side - 99, 100) for side in image.shape[:0:-1]))
+        said(name, slide(image, np.column_stack([x.ravel(), y.ravel()]), 0.5), 0.5)
+
+
 def slides(arguments):
     if arguments.slides is None:
         return
@@ -402,6 +421,8 @@ PARTS = {
     "altered": altered,
     "unseen": unseen,
     "held-out": held_out,
+    "coarse": coarse,
+    "photos": photos,
     "placed": placed,
     "passing": passing,
     "slides": slides,

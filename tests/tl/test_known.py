@@ -14,8 +14,7 @@ import zarr
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
-from he2gene_sc._core.keys import Keys
-from he2gene_sc._core.predictions import describe_reliable, summary_of
+from he2gene_sc._core.predictions import summary_of
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.cohort._job import _same_patient
 from he2gene_sc.image import Level, Pyramid, pixels_sha256
@@ -140,25 +139,23 @@ def test_predict_prints_its_summary_below_the_bar(toy, tiny_model, capsys):
     assert not capsys.readouterr().err
 
 
-def test_without_reliable_genes_the_summary_says_what_can_be_done(toy, tiny_model, capsys):
-    hg.tl.predict(toy, model=tiny_model, show_progress_bar=False)
-    table = toy["table"]
-    table.var["he2gene_reliable"] = False
-    for record, patient in (({}, "a new patient"), ({"known_patient": True}, "another section of a training patient")):
-        table.uns["he2gene"] |= record
-        said = describe_reliable(table, Keys("he2gene"))
-        assert said.startswith(
-            f"none of 39 predicted genes is reliable on {patient}. You can measure some spots and adapt"
+def test_without_reliable_genes_the_summary_and_errors_say_what_can_be_done(toy, tiny_model, capsys):
+    unreliable = replace(tiny_model, genes=tiny_model.genes.assign(reliable=False, reliable_known_patient=False))
+    unreliable.__dict__["network"] = tiny_model.network
+    can = r"hg\.tl\.adapt.*hg\.tl\.train.*hg\.tl\.programmes.*known_patient=True"
+    for known, patient in (
+        (False, "a new patient"),
+        (True, "another section of a patient that the model was trained on"),
+    ):
+        hg.tl.predict(toy, model=unreliable, known_patient=known, show_progress_bar=True)
+        assert re.search(
+            rf"; 0 of 39 predicted genes are reliable on {patient}\. You can .*{can}", capsys.readouterr().err
         )
-    table.uns["he2gene"]["reasons"] = ["stain: its colours differ"]
-    assert describe_reliable(table, Keys("he2gene")) == "no gene is reliable on such a slide"
     for call in (
         lambda: hg.get.predicted(toy, reliable=True),
         lambda: hg.tl.biomarkers(toy, "pathologist", method="spatial"),
     ):
-        with pytest.raises(
-            ValueError, match=r"`reliable.*hg\.tl\.adapt.*hg\.tl\.train.*hg\.tl\.programmes.*known_patient=True"
-        ):
+        with pytest.raises(ValueError, match=f"`reliable.*{can}"):
             call()
 
 
