@@ -1,4 +1,4 @@
-"""Choose the labelled, measured spots and the common genes of a test, and read the depth of the spots."""
+"""Choose the labelled, measured spots and the genes of a test, and read their values and the depth of the spots."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from scipy.sparse import issparse
 from . import validate
 from .duplicates import check_duplicate_sections, check_duplicate_spots
 from .expression import Scale, count_totals, log_expression, summarize_values
-from .genes import find_genes
+from .genes import columns_of, find_genes
 from .keys import OWN_TABLE, Keys
 from .logs import logger
 from .matrix import blocks_of, matrix_of
 from .names import clean_samples
-from .predictions import IF_NONE_RELIABLE, prediction_of
+from .predictions import IF_NONE_RELIABLE, prediction_of, symbols_of
 from .spots import SpotData
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PATIENT_COLUMNS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
 #: Largest share of spots without counts for which depth counts as known.
 _MAX_EMPTY = 0.05
+#: Number of genes of highest variance if no prediction marks reliable genes.
+_N_VARIABLE = 2000
 
 
 def labelled_spots(
@@ -43,7 +45,7 @@ def labelled_spots(
     """Keep the labelled spots that have values, and raise if the values are not valid."""
     layer = spots.layer
     for table in spots.tables:
-        validate.unique(table.var_names, "data", "genes of var_names")
+        validate.all_different(table.var_names, "data", "genes of var_names")
         blocks = blocks_of(matrix_of(table, layer))
         if table.n_obs * table.n_vars and all(not issparse(block) and np.isnan(block).all() for _, block in blocks):
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
@@ -59,7 +61,7 @@ def labelled_spots(
     spots = replace(
         spots,
         scale=spots.scale if layer_scale == "auto" else layer_scale,
-        genes=_genes(spots.tables, layer, join, layer_scale, reliable_only),
+        genes=_genes(spots, join, layer_scale, reliable_only),
     )
     labelled = pd.notna(spots.labels)
     if spots.scale == "counts":
@@ -87,18 +89,15 @@ def _has_counts(spots: SpotData) -> np.ndarray:
     return total > 0
 
 
-def _genes(
-    tables: Sequence[AnnData], layer: str | None, join: str, layer_scale: Scale, reliable_only: bool
-) -> pd.Index:
+def _genes(spots: SpotData, join: str, layer_scale: Scale, reliable_only: bool) -> pd.Index:
+    tables, layer = list(spots.tables), spots.layer
     if join == "outer" and len(tables) > 1 and not (layer is None or layer_scale == "counts"):
         raise ValueError(
             "`join` 'outer' is only for raw counts: a gene that was not predicted is unknown, not 0; use join='inner'"
         )
-    genes = tables[0].var_names
-    for table in tables[1:]:
-        if join == "inner":
-            genes = genes[find_genes(genes, table.var_names) >= 0]
-        else:
+    genes = spots.shared_genes() if join == "inner" else spots.genes
+    if join == "outer":
+        for table in tables[1:]:
             genes = genes.append(table.var_names[find_genes(table.var_names, genes) < 0])
     if not len(genes):
         if without := [i for i, table in enumerate(tables) if not table.n_vars]:
@@ -233,3 +232,80 @@ def _lacks_counts(table: AnnData, layer: str | None) -> bool:
     return (layer is None and (OWN_TABLE in table.uns or table.X is None)) or summarize_values(
         matrix_of(table, layer)
     ).kind != "counts"
+
+
+def paired_layers(
+    spots: SpotData,
+    given: Sequence[str] | None,
+    measured: str | None,
+    *,
+    layer_scale: Scale,
+    measured_scale: Scale,
+    has_measured: bool,
+) -> tuple[list[str], np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """Names of the genes of one table, their predicted and measured log expression ``(n, g)``, and the log depth ``(n, 1)``.
+
+    ``None`` if not available. Without ``given`` genes: those that the model card calls reliable, else those of highest variance.
+    """
+    (table,), layer = spots.tables, spots.layer
+    validate.all_different(table.var_names, "data", "genes of var_names")
+    key = prediction_of(table, layer)
+    reliable = "" if layer is None else Keys(key or layer).reliable
+    columns = np.arange(table.n_vars)
+    if given is not None:
+        columns = _given_genes(table, given, key)
+    elif reliable in table.var:
+        columns = np.flatnonzero(table.var[reliable].astype(bool))
+        if len(columns) < 2:
+            raise ValueError(
+                f"`genes`: {len(columns)} genes are reliable, at least 2 are needed; pass genes=[...] to use unreliable ones"
+            )
+    names = table.var_names[columns]
+    predicted = measured_values = depth = None
+    if layer is not None:
+        predicted = log_expression(
+            table, layer, genes=columns, scale=layer_scale, expected="log", predicted=key is not None
+        )
+    if has_measured:
+        measured_values = log_expression(
+            table, measured, genes=columns, scale=measured_scale, expected="counts", parameter="measured"
+        )
+    if measured_values is not None and measured_scale != "log":
+        totals = count_totals(matrix_of(table, measured, "measured"))
+        empty = totals == 0
+        measured_values[empty] = np.nan
+        depth = np.log(np.where(empty, np.nan, totals))[:, None]
+        if empty.any():
+            warnings.warn(
+                f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}",
+                stacklevel=3,
+            )
+    known = np.ones(len(names), bool)
+    available = [values for values in (predicted, measured_values) if values is not None]
+    for values in available:
+        finite = np.isfinite(values)
+        # Drop a gene that some sections lack rather than their spots; spots without any gene are outside the image.
+        known &= finite.any(axis=0) if given is not None else finite[finite.any(axis=1)].all(axis=0) & finite.any()
+    if given is not None and not known.all():
+        raise ValueError(f"`genes`: {names[~known][:5].tolist()} are NaN at every spot")
+    if given is None and reliable not in table.var and known.sum() > _N_VARIABLE:
+        spread = np.nanvar(available[-1], axis=0)
+        known[np.argsort(-np.where(known, spread, -1), kind="stable")[_N_VARIABLE:]] = False
+    if known.sum() < 2:
+        raise ValueError(f"`genes`: {int(known.sum())} genes have values; at least 2 are needed")
+    predicted, measured_values = (None if v is None else v[:, known] for v in (predicted, measured_values))
+    return names[known].tolist(), predicted, measured_values, depth
+
+
+def _given_genes(table: AnnData, given: Sequence[str], key: str | None) -> np.ndarray:
+    given = validate.names(given, "genes", one=True)
+    symbols = None if key is None else symbols_of(table, table.uns.get(key, {}), None)
+    columns = columns_of(table, given, symbols)
+    unknown = [name for name, column in zip(given, columns, strict=True) if column < 0]
+    if unknown:
+        raise ValueError(
+            f"`genes`: {unknown[:5]} are not genes of the table (first of its {table.n_vars} genes: {list(table.var_names[:3])})"
+        )
+    if len(set(columns)) < len(given):
+        raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(columns).duplicated()][0]!r} is given twice")
+    return columns

@@ -170,6 +170,13 @@ class SpotData:
                 yield i, slice(start, start + len(chosen)), table[chosen]
                 start += len(chosen)
 
+    def shared_genes(self) -> pd.Index:
+        """Return the genes that all tables list, by the names of the first table."""
+        genes = self.tables[0].var_names
+        for table in self.tables[1:]:
+            genes = genes[find_genes(genes, table.var_names) >= 0]
+        return genes
+
     def blocks(self, genes: pd.Index | None = None) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield blocks of logarithms, ``(b, g)`` float32, with the positions of their spots."""
         names = self.genes if genes is None else genes
@@ -219,6 +226,29 @@ class SpotData:
             if weights is not None:
                 out[-1] += csr_array((weights[where][kept], places), shape) @ values
         return out
+
+    def count_sums(
+        self, codes: np.ndarray, n: int, log_depth: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return sums over the spots of each code, in one pass over the raw counts.
+
+        ``(3, n, g)``: counts, their squares, counts times depth; ``(2, n)``: depth and its square. ``log_depth`` is per spot;
+        default: log of total counts.
+        """
+        from scipy.sparse import csr_array
+
+        sums = np.zeros((3, n, len(self.genes)))
+        depth = np.zeros((2, n))
+        for where, block, columns in self.counts():
+            listed = np.flatnonzero(columns >= 0)
+            total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
+            places = (codes[where], np.arange(len(total)))
+            ones, totals = (csr_array((x, places), (n, len(total))) for x in (np.ones(len(total)), total))
+            y = block[:, columns[listed]]
+            for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
+                out[:, listed] += part.toarray()
+            depth += np.array([ones @ total, ones @ np.square(total)])
+        return sums, depth
 
     def values(self, chosen: np.ndarray, genes: pd.Index) -> np.ndarray:
         """Return logarithms of the chosen spots, ``(m, g)`` float32; ``chosen`` is ``(n,)`` bool."""

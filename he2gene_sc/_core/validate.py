@@ -196,7 +196,7 @@ def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
     return array
 
 
-def unique(values: Collection[Any], parameter: str, what: str = "names") -> None:
+def all_different(values: Collection[Any], parameter: str, what: str = "names") -> None:
     """Check that values are unique."""
     if twice := [value for value, n in Counter(values).items() if n > 1]:
         raise ValueError(f"`{parameter}`: {what} are duplicated: {format_list(map(repr, twice))}")

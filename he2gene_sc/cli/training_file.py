@@ -149,7 +149,7 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
 
     data = found.data
     if data is None:
-        validate.unique(found.sections or [], f"{path.name}: sections")
+        validate.all_different(found.sections or [], f"{path.name}: sections")
         return (datasets.her2st(section) for section in found.sections or [])
     given = data.model_dump(exclude_none=True)
     if "stores" in given and len(given) > 1:
@@ -183,7 +183,7 @@ def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:
     from ..io._save import is_store
 
     places = [path.resolve().parent / Path(store).expanduser() for store in stores]
-    validate.unique([str(place.resolve()) for place in places], f"{path.name}: [data] stores", "stores")
+    validate.all_different([str(place.resolve()) for place in places], f"{path.name}: [data] stores", "stores")
     absent = [str(place) for place in places if not place.is_dir() or not is_store(place)]
     if absent:
         raise ValueError(f"{path.name}: [data] `stores` {absent} are not SpatialData stores")

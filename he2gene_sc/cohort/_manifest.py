@@ -234,7 +234,7 @@ def _text(path: Path) -> str:
 def _checked(
     columns: list[str], rows: Iterable[tuple[str, list[Any]]], folder: Path, name: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    validate.unique(columns, name, "columns")
+    validate.all_different(columns, name, "columns")
     if "path" not in columns:
         raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {columns}")
     _check_names(columns, f"columns of {name}")

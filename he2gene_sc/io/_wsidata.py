@@ -73,7 +73,7 @@ def from_wsidata(
             raise ValueError(
                 f"`layers`: 'tile_id' of table {key!r} differs from that of shapes {tile_key!r}, or its order"
             )
-        validate.unique(own.var_names, "layers", f"genes of table {key!r}")
+        validate.all_different(own.var_names, "layers", f"genes of table {key!r}")
         found[layer] = own.to_df()
     if wsi.reader.file in wsi.images:  # opened from a SpatialData object
         sdata = SpatialData(images={image_key: wsi.images[wsi.reader.file]})

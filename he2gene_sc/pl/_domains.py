@@ -16,7 +16,7 @@ from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
-from ..tl._domains.inputs import MIN_SPOTS
+from ..tl._domains.domain_preservation import MIN_SPOTS
 from ._canvas import Canvas, finish
 from ._panels import Panel, Style, draw_panels, stored_colours
 

@@ -132,9 +132,9 @@ def test_finite_counts_values_that_are_not_finite():
 
 
 def test_unique_names_duplicates():
-    validate.unique(["a", "b"], "genes")
+    validate.all_different(["a", "b"], "genes")
     with pytest.raises(ValueError, match="`genes`: genes are duplicated: 'a'$"):
-        validate.unique(["a", "b", "a", "a"], "genes", "genes")
+        validate.all_different(["a", "b", "a", "a"], "genes", "genes")
 
 
 def test_long_lists_are_counted():

@@ -508,6 +508,12 @@ def test_cross_fitted_labels_are_not_circular():
         markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth="total")
 
 
+def test_cross_fit_of_method_ppi_is_an_error():
+    slides = [hg.datasets.toy((4, 4), seed=i) for i in range(2)]
+    with pytest.raises(ValueError, match="`cross_fit` keeps only measured samples, but method 'ppi' also needs"):
+        hg.tl.biomarkers(slides, "pathologist", layer=None, method="ppi", cross_fit=True)
+
+
 def test_low_agreement_of_cross_fitted_labels_is_a_warning_or_an_error():
     tables = [as_predicted(t) for t in patients(4)]
     for i, table in enumerate(tables):

@@ -151,6 +151,11 @@ def biomarkers(
     check_key(key_added, "key_added")
     design = as_design(design)
     groups, reference = group_names(groups, reference)
+    if cross_fit and method == "ppi":
+        raise ValueError(
+            "`cross_fit` keeps only measured samples, but method 'ppi' also needs samples that were only predicted; name another "
+            "method, or pass cross_fit=False"
+        )
     spots = read_spots(
         data, groupby, "groupby", layer=layer, table_key=table_key, sample_key=sample_key, section_key=section_key
     )
@@ -172,27 +177,31 @@ def biomarkers(
     chosen = method_for(method, spots, design)
     if chosen.samples:
         check_replicates(spots, sample_key)
-    takes_depth = chosen.takes_depth(design)
-    run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
-    agreement = None
-    if cross_fit:
+    known = known_depth = None
+    if cross_fit or chosen.name == "ppi":
         known, seen = measured_part(spots, measured, measured_scale)
-        halves, agreement = cross_fitted_halves(
-            spots, known, seen, depth_of(known, design.depth), groups=groups, reference=reference
-        )
-        # Both halves have the same spots.
-        depth = depth_of(halves[0], design.depth) if takes_depth else None
-        parts = [compare(half, depth=depth, **run) for half in halves]
-    elif chosen.name == "ppi":
-        known, seen = measured_part(spots, measured, measured_scale)
+        if cross_fit and (lacking := sorted(set(spots.units) - set(known.units))):
+            raise ValueError(
+                f"`cross_fit`: {lacking[0]} has no measured counts, so its labels cannot be independent of its image. Use a "
+                "pathologist's labels there, or leave it out"
+            )
         if not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
-        # Depth of the measured spots: it corrects the predictions too, whatever depth effect they contain.
-        depth = depth_of(known, design.depth)
-        parts = [compare(spots, measured=known, depth=depth, **run)]
-    else:
-        depth = depth_of(spots, design.depth) if takes_depth else None
-        parts = [compare(spots, depth=depth, **run)]
+        known_depth = depth_of(known, design.depth)
+        spots = spots.take(seen) if cross_fit else spots
+    depth = depth_of(spots, design.depth) if chosen.takes_depth(design) else None
+    run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
+    halves, agreement = [spots], None
+    if cross_fit and known is not None:
+        halves, agreement = cross_fitted_halves(spots, known, known_depth, groups=groups, reference=reference)
+    elif known is not None:
+        # Method "ppi": depth of the measured spots corrects the predictions too, whatever depth effect they contain.
+        run |= {"measured": known}
+        depth = known_depth
+    parts = []
+    for half in halves:
+        # A comprehension would be one more frame between a warning and the caller, on Python 3.11.
+        parts.append(compare(half, depth=depth, **run))
     results = adjust_pvalues(pd.concat([frame for frame, _ in parts], ignore_index=True), design.adjust_over)
     results.attrs.clear()
     results["method"] = chosen.label

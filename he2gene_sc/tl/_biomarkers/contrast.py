@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_array
 
 from ..._core.spots import SpotData
 from ...stats import CountSums
@@ -23,31 +22,6 @@ _MIN_SLOPE = 20
 def sum_sides(cells: np.ndarray, sides: np.ndarray) -> np.ndarray:
     """Sum cells ``(samples, labels, …)`` over the labels of each side ``(2, labels)``: ``(2, samples, …)``."""
     return np.array([cells[:, side].sum(1) for side in sides])
-
-
-def count_cells(
-    pool: SpotData, code: np.ndarray, shape: tuple[int, int], log_depth: np.ndarray | None = None
-) -> CountSums:
-    """Sum raw counts over the spots of every label in every sample, in one pass; all sums are ``(samples, labels, …)``.
-
-    ``code`` is the cell of each spot. ``log_depth`` is per spot; default: log of total counts.
-    """
-    n = shape[0] * shape[1]
-    sums = np.zeros((3, n, len(pool.genes)))
-    depth = np.zeros((2, n))
-    for where, block, columns in pool.counts():
-        listed = np.flatnonzero(columns >= 0)
-        total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
-        places = (code[where], np.arange(len(total)))
-        ones, totals = (csr_array((x, places), (n, len(total))) for x in (np.ones(len(total)), total))
-        y = block[:, columns[listed]]
-        for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
-            out[:, listed] += part.toarray()
-        depth += np.array([ones @ total, ones @ np.square(total)])
-    spots = np.bincount(code, minlength=n).reshape(shape)
-    counts, squares, by_depth = sums.reshape(3, *shape, -1)
-    depths, depth_squares = depth.reshape(2, *shape)
-    return CountSums(counts, squares, by_depth, spots, depths, depth_squares)
 
 
 def paired_counts(cells: CountSums, sides: np.ndarray, paired: np.ndarray) -> CountSums:
@@ -114,25 +88,31 @@ class Cells:
         samples, sample = np.unique(pool.samples.astype(str), return_inverse=True)
         labels, label = np.unique(pool.labels.astype(str), return_inverse=True)
         shape = (len(samples), len(labels))
-        code = sample * shape[1] + label
+        code, n = sample * shape[1] + label, shape[0] * shape[1]
         transforms: dict[str, Callable[[Any], Any]] = {"sums": np.asarray}
         if squares:
             transforms["squares"] = lambda values: np.square(values, dtype=np.float64)
         if detected:
             transforms["detected"] = lambda values: (values != 0).astype(np.float32)
         x = None if depth is None or raw else depth - depth.mean()
-        sums = pool.sums(code, shape[0] * shape[1], *transforms.values(), weights=x)
+        sums = pool.sums(code, n, *transforms.values(), weights=x)
+        counted = pool.count_sums(code, n, depth) if raw else None
         sums = sums.reshape(len(sums), *shape, -1)
 
         def sum_spots(weights: np.ndarray | None = None) -> np.ndarray:
-            return np.bincount(code, weights, shape[0] * shape[1]).reshape(shape)
+            return np.bincount(code, weights, n).reshape(shape)
 
+        raw_sums = None
+        if counted is not None:
+            y, yy, yd = counted[0].reshape(3, *shape, -1)
+            d, dd = counted[1].reshape(2, *shape)
+            raw_sums = CountSums(y, yy, yd, sum_spots(), d, dd)
         return cls(
             pool,
             samples,
             labels,
             sum_spots(),
-            raw=count_cells(pool, code, shape, depth) if raw else None,
+            raw=raw_sums,
             depth=depth,
             by_depth=None if x is None else DepthCells(sum_spots(x), sum_spots(np.square(x)), sums[-1]),
             **dict(zip(transforms, sums[: len(transforms)], strict=True)),

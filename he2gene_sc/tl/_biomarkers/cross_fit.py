@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..._core.genes import find_genes
 from ..._core.logs import logger
 from ..._core.spots import SpotData
 from .contrast import MIN_SPOTS
@@ -28,7 +27,6 @@ _MIN_AGREEMENT, _GOOD_AGREEMENT = 0.85, 0.95
 def cross_fitted_halves(
     spots: SpotData,
     known: SpotData,
-    seen: np.ndarray,
     depth: np.ndarray | None,
     *,
     groups: Sequence[str] | None,
@@ -36,22 +34,13 @@ def cross_fitted_halves(
 ) -> tuple[list[SpotData], float]:
     """Two halves of the genes, each with labels from measured genes outside it, and the lower agreement of their labels.
 
-    ``known`` has the measured values of the measured spots, a mask ``seen`` of the spots, and ``depth`` their log depth.
+    ``known`` has the measured values of the same spots, and ``depth`` their log depth.
     """
-    lacking = sorted(set(spots.units) - set(known.units))
-    if lacking:
-        raise ValueError(
-            f"`cross_fit`: {lacking[0]} has no measured counts, so its labels cannot be independent of its image. Use a pathologist's "
-            "labels there, or leave it out"
-        )
-    spots = spots.take(seen)
-    common = spots.tables[0].var_names
-    for table in spots.tables[1:]:
-        common = common[find_genes(common, table.var_names) >= 0]
+    common = known.shared_genes()
     halves, agreements, worst = [], [], []
     for i in (0, 1):
         genes = spots.genes[i::2]
-        labels = cross_fitted_labels(spots, common[~common.isin(genes)], known.layer, known.scale, depth)
+        labels = cross_fitted_labels(known, common[~common.isin(genes)], depth)
         halves.append(replace(spots, genes=genes, labels=labels))
         agreements.append(_agreement(labels, spots.labels, groups, reference))
         worst.append(_worst_group(labels, spots, groups, reference))
@@ -103,13 +92,7 @@ def _check_agreement(agreement: float) -> float:
     return agreement
 
 
-def cross_fitted_labels(
-    pool: SpotData,
-    features: pd.Index,
-    measured: str | None,
-    scale: Literal["counts", "log"],
-    depth: np.ndarray | None = None,
-) -> np.ndarray:
+def cross_fitted_labels(pool: SpotData, features: pd.Index, depth: np.ndarray | None = None) -> np.ndarray:
     """Label every spot by a classifier of measured expression that was fitted on the other samples, or sections, ``(n,)``.
 
     Multinomial regression on principal components, centred and adjusted for depth within sections.
@@ -122,7 +105,7 @@ def cross_fitted_labels(
         )
     if len(features) < 2:
         raise ValueError(f"`cross_fit` needs at least 2 measured genes that are not tested, found {len(features)}")
-    values = replace(pool, layer=measured, scale=scale).values(np.ones(len(units), bool), features)
+    values = pool.values(np.ones(len(units), bool), features)
     top = np.sort(np.argsort(-np.nan_to_num(values).mean(0), kind="stable")[:_GENES])
     values = np.nan_to_num(values[:, top])
     for section in set(pool.units):

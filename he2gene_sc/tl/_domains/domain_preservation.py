@@ -12,15 +12,15 @@ import pandas as pd
 
 from ... import stats
 from ..._core import validate
-from ..._core.duplicates import check_duplicate_sections, warn_of_copy
+from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots, warn_of_copy
 from ..._core.expression import Scale
 from ..._core.keys import OWN_TABLE, Keys, check_key
+from ..._core.labelled import paired_layers
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.results import write_result
 from ..._core.slide import mean_colours
-from ..._core.spots import get_table, read_spots, spots_of
-from . import inputs
+from ..._core.spots import SpotData, get_table, read_spots, spots_of, unique_section_names
 from .clusters import CLUSTERINGS, cluster, embed, explained_part, medoid, position_features
 from .scores import GENE_INDEPENDENT, Labels, codes_of, moran_agreement, score
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _VERB = "domain_preservation"
+#: Fewest spots of a domain in a section; smaller domains are left out there.
+MIN_SPOTS = 3
 #: Colours of domains without colours in ``uns``; below, colours of clusters that match no domain.
 _PALETTE = (
     *("#d62728", "#2ca02c", "#1f77b4", "#ffdd57", "#9467bd"),
@@ -165,30 +167,28 @@ def domain_preservation(
         raise ValueError(
             "`layer` is None, but the table was made by hg.tl.predict and has no measured values; name a layer"
         )
-    xy, where = spots_of(table), inputs.sections(spots)
-    codes, names = inputs.domains(spots, domain_key, where)
     written = [
         f"{key_added}_{name}" for name, there in (("predicted", layer is not None), ("measured", has_measured)) if there
     ]
     check_free(table, _VERB, key_added, obs=written, uns=[f"{name}_colors" for name in written])
-    used, predicted, counted = inputs.genes(
-        table, genes, layer, measured, layer_scale=layer_scale, measured_scale=measured_scale, has_measured=has_measured
+    validate.all_different(table.obs_names, "data", "obs_names")
+    xy = spots_of(table)
+    check_duplicate_spots(spots)
+    where = pd.DataFrame({"sample": spots.samples, "section": unique_section_names(spots.sections, spots.samples)})
+    codes, names = _domains(spots, domain_key, where)
+    used, predicted, counted, depth = paired_layers(
+        spots, genes, measured, layer_scale=layer_scale, measured_scale=measured_scale, has_measured=has_measured
     )
     if predicted is not None and counted is not None:
         warn_of_copy(predicted, counted, layer)
+    scale: Literal["counts", "log"] = "log" if measured_scale == "log" else "counts"
+    check_duplicate_sections(spots if counted is None else replace(spots, layer=measured, scale=scale))
     _check_varies(where, {"layer": predicted, "measured": counted})
-    check_duplicate_sections(
-        spots
-        if counted is None
-        else replace(spots, layer=measured, scale="log" if measured_scale == "log" else "counts")
-    )
-    depth = inputs.depth(table, measured, measured_scale) if has_measured else None
     prediction = prediction_of(table, layer)
     colour = mean_colours(data, table, prediction)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
     annotation = table.obs.get(Keys(prediction or layer or "he2gene").annotation)
-
     settings = _Settings(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
     cluster_names = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
     rows: list[dict] = []
@@ -224,6 +224,36 @@ def domain_preservation(
         obs=columns,
         uns=colours,
     )
+
+
+def _domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """Codes of the domains and their names; -1 without a domain, or if it has too few spots in its section."""
+    values = pd.Series(spots.labels)
+    column = spots.tables[0].obs[domain_key]
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
+    else:
+        names = sorted(set(values.dropna()))
+    codes = pd.Categorical(values, categories=names).codes.astype(np.int64)
+    small_domains = []
+    enough = False
+    for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+        size = np.bincount(codes[rows][codes[rows] >= 0], minlength=len(names))
+        small = np.flatnonzero((size > 0) & (size < MIN_SPOTS))
+        small_domains += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
+        codes[rows[np.isin(codes[rows], small)]] = -1
+        enough |= bool(np.count_nonzero(size >= MIN_SPOTS) > 1)
+    if not enough:
+        raise ValueError(
+            f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_SPOTS} spots; found "
+            f"{ {name: int((values == name).sum()) for name in names} }"
+        )
+    if small_domains:
+        warnings.warn(
+            f"domains with fewer than {MIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}",
+            stacklevel=3,
+        )
+    return codes, names
 
 
 def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -> None:

@@ -258,7 +258,7 @@ def _spot_ids(table: AnnData, name: str) -> pd.MultiIndex:
         )
     keys = [column_of(table, attrs[key], key).astype(str) for key in ("region_key", "instance_key")]
     spots = pd.MultiIndex.from_arrays(keys)
-    validate.unique(spots.tolist(), "data", f"spots of table {name}")
+    validate.all_different(spots.tolist(), "data", f"spots of table {name}")
     return spots
 
 
