@@ -41,8 +41,6 @@ class StackedPredictions:
     keys: Keys
     record: dict[str, Any]
     ood: np.ndarray | None = None  # (n,); None if the model has no score
-    in_distribution: bool = True  # no slide is out of distribution
-    known_patient: bool = False  # the model was trained on sections of the same patients
     lazy: bool = False  # expression is computed from the embedding when it is read
 
     @classmethod
@@ -76,7 +74,6 @@ class StackedPredictions:
             centres=np.concatenate([slide.centres for slide in slides]),
             model=model,
             ood=stack(lambda result: result.ood.score if result.ood else no_score) if has_score else None,
-            in_distribution=all(result.ood is None or not result.ood.reasons for result in predictions),
             **others,
         )
 
@@ -86,14 +83,13 @@ class StackedPredictions:
         found = ~(self.tissue >= MIN_TISSUE)
         return found if self.ood is None else found | ~(self.ood <= 1)
 
-    def annotation(self, proba: np.ndarray | None = None, unknown: np.ndarray | None = None) -> pd.Categorical:
+    def annotation(self, proba: np.ndarray, unknown: np.ndarray) -> pd.Categorical:
         """Return the most probable class of each spot, missing for unknown spots.
 
         The categories are the classes that occur, in the order of the card: squidpy turns an unused category into NaN, and
         spatialdata-plot gives its colour to the next one.
         """
-        proba = self.proba if proba is None else proba
-        missing = np.isnan(proba).any(1) | (self.unknown if unknown is None else unknown)
+        missing = np.isnan(proba).any(1) | unknown
         codes = np.where(missing, -1, np.where(np.isnan(proba), -1, proba).argmax(1))
         return pd.Categorical.from_codes(codes, categories=list(self.model.card.classes)).remove_unused_categories()
 
@@ -115,6 +111,7 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     """
     others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
     before = _earlier_record(table, stacked, others)
+    record = stacked.record if before is None else _merge_records(before, stacked.record)
     keys, card = stacked.keys, stacked.model.card
 
     def merge(earlier: Any, values: np.ndarray) -> np.ndarray:
@@ -127,7 +124,7 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
 
     slots: dict[str, dict[str, Any]] = {
         "layers": {keys.layer: _dense_or_lazy_layer(table, stacked, others, before is not None)},
-        "var": _gene_columns(table, stacked, before is not None),
+        "var": _gene_columns(table, stacked, record, before is not None),
         "obs": {},
         "obsm": {keys.embedding: merge(table.obsm.get(keys.embedding), stacked.embedding)},
     }
@@ -148,11 +145,7 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     if stacked.ood is not None:
         slots["obs"][keys.ood] = merge(table.obs.get(keys.ood), stacked.ood)
     slots["obs"] = {key: pd.Series(values, index=table.obs_names) for key, values in slots["obs"].items()}
-    record = {
-        "verb": "predict",
-        **(stacked.record if before is None else _merge_records(before, stacked.record)),
-        **({"lazy": True} if stacked.lazy else {}),
-    }
+    record = {"verb": "predict", **record, **({"lazy": True} if stacked.lazy else {})}
     write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked)))], stacklevel=3)
 
 
@@ -184,7 +177,9 @@ def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
     return lazy_layer(embedding, weights, bias)
 
 
-def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> dict[str, pd.Series]:
+def _gene_columns(
+    table: AnnData, stacked: StackedPredictions, record: Mapping[str, Any], keep: bool
+) -> dict[str, pd.Series]:
     """Return columns of ``var``; genes that only an earlier run predicted, in other rows, keep their values."""
     keys, columns, var = stacked.keys, stacked.wanted.columns, table.var
     known = stacked.model.genes.iloc[stacked.wanted.positions]
@@ -197,12 +192,12 @@ def _gene_columns(table: AnnData, stacked: StackedPredictions, keep: bool) -> di
             found[key][columns] = known[name]
     for_known = "reliable_known_patient" if "reliable_known_patient" in known else "reliable"
     for key, name in (
-        (keys.reliable, for_known if stacked.known_patient else "reliable"),
+        (keys.reliable, for_known if record.get("known_patient") else "reliable"),
         (keys.reliable_known_patient, for_known),
     ):
         found[key] = np.zeros(table.n_vars, bool)
         # The validation of the model does not hold for a slide out of distribution.
-        found[key][columns] = known[name] & stacked.in_distribution
+        found[key][columns] = known[name] & ("reasons" not in record)
     if keep and keys.layer in table.layers and keys.predicted in var:
         elsewhere = var[keys.predicted].to_numpy(bool) & ~found[keys.predicted]
         for key, values in found.items():
@@ -246,8 +241,40 @@ def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[st
     if not kept or any(fact not in before for fact in REGION_FACTS):
         return record
     merged = {**record, "shapes": [*kept, *regions]}
+    # Only named if every region shows training sections.
+    merged.pop("known_sections", None)
     for fact in REGION_FACTS:
         old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
         new = record[fact] if isinstance(record[fact], Mapping) else {regions[0]: record[fact]}
         merged[fact] = {region: old[region] for region in kept if region in old} | new
-    return merged
+    earlier = before.get("regions", {})
+    return merged | pool_regions({region: earlier[region] for region in kept if region in earlier} | record["regions"])
+
+
+def pool_regions(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the entries of a record that concern all regions of a table, and ``regions`` itself.
+
+    The verdict is that of the worst region. The patient counts as known only if it is known in every region.
+    """
+    from ..models._ood import VERDICTS
+
+    facts = [dict(own) for own in regions.values()]
+
+    def share(name: str) -> float:
+        counted = [own for own in facts if name in own]
+        return float(sum(own[name] for own in counted) / max(sum(own["n_inside"] for own in counted), 1))
+
+    pooled: dict[str, Any] = {"min_tissue": MIN_TISSUE, "share_on_tissue": share("n_on_tissue")}
+    if verdicts := [str(own["verdict"]) for own in facts if "verdict" in own]:
+        pooled["share_out_of_distribution"] = share("n_out_of_distribution")
+        pooled["verdict"] = max(verdicts, key=VERDICTS.index)
+    reasons = {region: as_list(own.get("reasons", [])) for region, own in regions.items()}
+    if any(reasons.values()):
+        several = len(regions) > 1
+        pooled["reasons"] = [f"{name!r}: {text}" if several else text for name in reasons for text in reasons[name]]
+    sections = [as_list(own.get("known_sections", [])) for own in facts]
+    if all(sections):
+        pooled["known_sections"] = list(dict.fromkeys(str(name) for own in sections for name in own))
+    if known := [bool(own["known_patient"]) for own in facts if "known_patient" in own]:
+        pooled["known_patient"] = len(known) == len(facts) and all(known)
+    return pooled | {"regions": dict(regions)}

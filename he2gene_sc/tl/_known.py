@@ -37,14 +37,14 @@ def known_training_sections(record: Mapping[str, Any], model: HE2Gene | None, se
     return sorted({*map(str, record.get("known_sections", ())), *named})
 
 
-def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[str]:
-    """Return the training sections in the images of the slides; none unless every slide shows one."""
+def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[list[str]]:
+    """Return the training sections in the image of each slide; none unless every slide shows one."""
     sections = [_sections_in(slide, card) for slide in slides]
     if not all(sections):
-        return []
-    names = list(dict.fromkeys(name for own in sections for name in own))
+        return [[] for _ in slides]
+    names = dict.fromkeys(name for own in sections for name in own)
     logger.info("predict: the model was trained on the image of section %s", ", ".join(map(repr, names)))
-    return names
+    return sections
 
 
 def _sections_in(slide: Slide, card: ModelCard) -> list[str]:

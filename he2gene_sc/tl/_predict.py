@@ -9,11 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-import numpy as np
-
 from .._core import validate
 from .._core.element_results import copy_tables
-from .._core.fill import StackedPredictions, check_fillable, fill_table
+from .._core.fill import StackedPredictions, check_fillable, fill_table, pool_regions
 from .._core.genes import match_genes
 from .._core.keys import REGION_FACTS, TABLE, Keys, check_key
 from .._core.lazy import is_large
@@ -22,6 +20,7 @@ from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags, head_digest, summary_of
 from .._core.slide import Slide
+from ..image import MIN_TISSUE
 from ._embed import encode_slide
 from ._encoding import (
     Encoding,
@@ -150,8 +149,10 @@ def predict(
         use it. ``genes``, ``known_patient``, ``exact`` and ``lattice``: the arguments, if given. ``given``: names of the arguments
         that chose image, spots, µm/px, precision and kind of patient. ``known_sections``: training sections that the slides were
         recognised as; ``known_patient`` is then recorded even if not given. ``verdict``: comparison of the slide with the training
-        data; ``reasons``: texts, if it is out of distribution or without tissue. ``features``: the key in ``obsm`` and how they
-        were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated features, and the step for each window.
+        data; ``reasons``: texts, if it is out of distribution or without tissue. With several shapes elements these entries
+        concern all of them, also if they were predicted one by one; ``regions`` has them for each. ``features``: the key in
+        ``obsm`` and how they were computed. ``interpolated`` and ``lattice_um``: shapes with interpolated features, and the step
+        for each window.
 
     ``.uns["X_he2gene_rows"]``
         Digest of each row of the embedding, with which :func:`he2gene_sc.get.expression` checks it.
@@ -230,14 +231,16 @@ def predict(
             "predict: layer %r would need %.1f GB, so it is lazy (dask)", keys.layer, 4e-9 * shape[0] * shape[1]
         )
     sections = training_sections(slides, model.card)
-    if known_patient is None and sections:
+    if known_patient is None and any(sections):
         logger.info("predict: reliable genes are those for known patients; pass known_patient=False for new patients")
     results = [_predict_slide(slide, model, how, kept) for slide in slides]
     predictions = [prediction for _, _, prediction in results]
     dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, results, strict=True) if interpolated]
     given = [name for name, value in {**places, "known_patient": known_patient}.items() if value is not None]
     given += ["dtype"] * ("dtype" in how.given)
-    is_known = bool(sections) if known_patient is None else known_patient
+    known: dict[str, Any] = {}
+    if any(sections) or known_patient is not None:
+        known["known_patient"] = any(sections) if known_patient is None else known_patient
     record = {
         "model": model.name,
         "model_version": model.card.version,
@@ -249,11 +252,9 @@ def predict(
         "device": how.device.type,
         **how.facts(model, dense),
         **_describe(slides, [level for level, _, _ in results]),
-        **_summary(slides, predictions),
+        **pool_regions(_regions(slides, predictions, sections, known)),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
-        **({"known_patient": is_known} if sections or known_patient is not None else {}),
-        **({"known_sections": sections} if sections else {}),
         **({"exact": True} if exact else {}),
         **({"lattice": float(options["lattice"])} if "lattice" in options else {}),
         **({"features": {"key": kept.key, **feature_settings(kept.record)}} if isinstance(kept, KeptFeatures) else {}),
@@ -265,9 +266,7 @@ def predict(
     _warn_of_slides(slides, predictions, keys, bool(known_patient) and "known" in (model.card.guard or {}))
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
-    stacked = StackedPredictions.collect(
-        slides, predictions, model, wanted=wanted, keys=keys, record=record, known_patient=is_known, lazy=lazy
-    )
+    stacked = StackedPredictions.collect(slides, predictions, model, wanted=wanted, keys=keys, record=record, lazy=lazy)
     target = copy_tables(sdata) if copy else sdata
     if new_table is None:
         fill_table(target[measured], stacked)
@@ -288,27 +287,19 @@ def feature_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"tta": bool(record["tta"]), "dtype": str(record["dtype"]), "lattice": float(record["lattice"])}
 
 
-def _summary(slides: Sequence[Slide], predictions: Sequence[Predictions]) -> dict[str, object]:
-    """Return the share of spots on tissue, and the out-of-distribution verdict with its reasons, for ``uns``."""
-    from ..image import MIN_TISSUE
-    from ..models._ood import VERDICTS
-
-    tissue = np.concatenate([result.tissue for result in predictions])
-    on_tissue = float((tissue >= MIN_TISSUE).mean()) if len(tissue) else 0.0
-    summary: dict[str, object] = {"min_tissue": MIN_TISSUE, "share_on_tissue": on_tissue}
-    ood_results = [result.ood for result in predictions if result.ood is not None]
-    if ood_results:
-        score = np.concatenate([ood.score for ood in ood_results])
-        summary["share_out_of_distribution"] = float((score > 1).mean()) if len(score) else 0.0
-        summary["verdict"] = max((ood.verdict for ood in ood_results), key=VERDICTS.index)
-    reasons = [
-        f"{slide.shapes_key!r}: {reason}" if len(slides) > 1 else reason
-        for slide, result in zip(slides, predictions, strict=True)
-        for reason in (() if result.ood is None else result.ood.reasons)
-    ]
-    if reasons:
-        summary["reasons"] = reasons
-    return summary
+def _regions(
+    slides: Sequence[Slide], predictions: Sequence[Predictions], sections: Sequence[list[str]], known: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return what the record states of each shapes element: spots on tissue and out of distribution, verdict, and patient."""
+    regions: dict[str, dict[str, Any]] = {}
+    for slide, result, names in zip(slides, predictions, sections, strict=True):
+        n_on_tissue = int((result.tissue >= MIN_TISSUE).sum())
+        facts = {"n_inside": len(result.tissue), "n_on_tissue": n_on_tissue, **known}
+        if result.ood is not None:
+            facts |= {"n_out_of_distribution": int((result.ood.score > 1).sum()), "verdict": result.ood.verdict}
+            facts |= {"reasons": list(result.ood.reasons)} if result.ood.reasons else {}
+        regions[slide.shapes_key] = facts | ({"known_sections": names} if names else {})
+    return regions
 
 
 def _warn_of_slides(

@@ -92,6 +92,29 @@ def test_a_slide_like_training_needs_no_reason(model):
     assert "reasons" not in sdata["table"].uns["he2gene"]
 
 
+def test_a_region_predicted_later_keeps_the_verdict_on_the_others(model):
+    slides = {"A": painted(lambda x: 255 - x), "B": toy(9, shape=(6, 6))}
+    both = sd.concatenate(slides, concatenate_tables=True)
+    options = {"model": model, "device": "cpu", "mpp": 2.0}
+    with pytest.warns(UserWarning, match=ODD):
+        hg.tl.predict(both, image_key={"spots-A": "he-A", "spots-B": "he-B"}, **options)
+    together, record = both["table"].copy(), both["table"].uns["he2gene"]
+    assert record["reasons"][0].startswith("'spots-A': ")
+    # One after the other.
+    hg.tl.predict(both, shapes_key="spots-B", image_key="he-B", **options)
+    assert both["table"].uns["he2gene"]["regions"] == record["regions"]
+    for name in ("reasons", "verdict", "share_on_tissue", "share_out_of_distribution"):
+        assert both["table"].uns["he2gene"][name] == record[name]
+    for name in ("he2gene_reliable", "he2gene_reliable_known_patient"):
+        assert not both["table"].var[name].any()
+        assert both["table"].var[name].equals(together.var[name])
+    # Mended.
+    both["he-A"].data = 255 - both["he-A"].data
+    hg.tl.predict(both, shapes_key="spots-A", image_key="he-A", **options)
+    assert "reasons" not in both["table"].uns["he2gene"]
+    assert both["table"].var["he2gene_reliable_known_patient"].any()
+
+
 @pytest.mark.parametrize("value", [245, 0], ids=["blank glass", "black"])
 def test_a_blank_image_raises(model, value):
     with pytest.raises(ValueError, match="`image_key` 'he' is blank at all spots"):

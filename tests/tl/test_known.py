@@ -21,6 +21,7 @@ from he2gene_sc.image import Level, Pyramid, pixels_sha256
 from he2gene_sc.models import ModelCard
 from he2gene_sc.tl import _known
 from he2gene_sc.tl._known import image_facts
+from tests.helpers.objects import two_regions
 
 RELIABLE, OF_KNOWN = "he2gene_reliable", "he2gene_reliable_known_patient"
 
@@ -213,16 +214,30 @@ def test_the_slide_of_another_patient_is_not_recognised_as_known(tiny_model, mod
 def test_a_table_of_two_slides_is_known_only_if_both_are(model):
     (slide,) = resolve(hg.datasets.toy((5, 6), mpp=2.0))
     (other,) = resolve(hg.datasets.toy((5, 6), mpp=2.0, seed=1))
-    assert _known.training_sections((slide, slide), model.card) == ["S1"]
-    assert _known.training_sections((slide, other), model.card) == []
+    assert _known.training_sections((slide, slide), model.card) == [["S1"], ["S1"]]
+    assert _known.training_sections((slide, other), model.card) == [[], []]
+
+
+def test_a_region_predicted_later_counts_as_known_only_if_the_others_are(toy, model):
+    both, _ = two_regions(toy)
+    for region in ("more", "spots"):
+        hg.tl.predict(both, model=model, shapes_key=region)
+        var, record = both["table"].var, both["table"].uns["he2gene"]
+        assert not var[RELIABLE].equals(var[OF_KNOWN])
+        assert not record.get("known_patient", False)
+        assert "known_sections" not in record
+    assert list(record["regions"]["spots"]["known_sections"]) == ["S1"]
+    hg.tl.predict(both, model=model, shapes_key="more", known_patient=True)
+    assert both["table"].uns["he2gene"]["known_patient"]
+    assert both["table"].var[RELIABLE].equals(both["table"].var[OF_KNOWN])
 
 
 def test_a_model_without_hashes_reads_no_pixels(toy, tiny_model, model):
     (slide,) = resolve(toy)
     wide = replace(slide, pyramid=Pyramid.single(np.zeros((3, 40, 50), np.uint8)))
     with mock.patch.object(_known, "pixels_sha256", side_effect=AssertionError):
-        assert _known.training_sections((slide,), tiny_model.card) == []
-        assert _known.training_sections((wide,), model.card) == []
+        assert _known.training_sections((slide,), tiny_model.card) == [[]]
+        assert _known.training_sections((wide,), model.card) == [[]]
 
 
 def test_the_card_has_the_hash_and_its_display_does_not(model):
@@ -254,5 +269,5 @@ def test_a_finished_slide_must_have_the_same_known_patient(record, same):
 def test_the_bundled_model_knows_its_sections_and_no_other_of_their_patients(her2st):
     card = hg.models.load().card
     assert all(set(facts["image"]) == {"shape", "sha256", "spots"} for facts in card.training["sections"].values())
-    assert _known.training_sections(resolve(her2st("A1")), card) == ["A1"]
-    assert _known.training_sections(resolve(her2st("C5")), card) == []
+    assert _known.training_sections(resolve(her2st("A1")), card) == [["A1"]]
+    assert _known.training_sections(resolve(her2st("C5")), card) == [[]]
