@@ -146,7 +146,9 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         slots["obs"][keys.ood] = merge(table.obs.get(keys.ood), stacked.ood)
     slots["obs"] = {key: pd.Series(values, index=table.obs_names) for key, values in slots["obs"].items()}
     record = {"verb": "predict", **record, **({"lazy": True} if stacked.lazy else {})}
-    write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked)))], stacklevel=3)
+    write_results(
+        [(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked, record)))], stacklevel=3
+    )
 
 
 def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
@@ -206,14 +208,15 @@ def _gene_columns(
     return {key: pd.Series(values, index=table.var_names) for key, values in found.items()}
 
 
-def _spatial_slots(table: AnnData, stacked: StackedPredictions) -> dict[str, dict[str, Any]]:
+def _spatial_slots(table: AnnData, stacked: StackedPredictions, record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the spot centres if the table has none, marked as ours, so that a run on another image updates them."""
     if "spatial" in table.obsm and not owns_spatial(table):
         return {}
-    centres = np.full((table.n_obs, 2), np.nan)
+    # Rows of other regions keep the centres of an earlier run.
+    centres = np.array(table.obsm.get("spatial", np.full((table.n_obs, 2), np.nan)), float)
     centres[stacked.rows] = stacked.centres
     names = type(table)(obs=pd.DataFrame(index=table.obs_names), obsm={"spatial": centres})
-    mark = {"image": stacked.record["image"], "signature": slot_digest(names, "obsm", "spatial")}
+    mark = {"image": record["image"], "signature": slot_digest(names, "obsm", "spatial")}
     return {"obsm": {"spatial": centres}, "uns": {SPATIAL: mark}}
 
 

@@ -125,7 +125,7 @@ def match_genes(
         return WantedGenes(chosen, np.arange(len(chosen)), all_genes=table is not None)
     check_not_probes(table)
     names = symbols_in(table, gene_symbols)
-    positions, renamed = _lookup(model, names)
+    positions, renamed = match_names(names, model.genes.index, model.genes["ensembl_id"])
     known = positions >= 0
     if known.sum() < _MIN_MATCHED * min(len(names), len(model.genes)):
         ensembl = [v for v in model.genes["ensembl_id"] if v][:2]
@@ -156,7 +156,8 @@ def match_genes(
 
 def positions_of(model: HE2Gene, genes: list[str]) -> np.ndarray:
     """Return positions in the model of genes that a user named, ``(g,)``; raise for unknown genes."""
-    found, _ = _lookup(model, pd.Index([str(gene).strip() for gene in genes], dtype=object), one_to_one=False)
+    names = pd.Index([str(gene).strip() for gene in genes], dtype=object)
+    found, _ = match_names(names, model.genes.index, model.genes["ensembl_id"], one_to_one=False)
     if unknown := [gene for gene, position in zip(genes, found, strict=True) if position < 0]:
         raise ValueError(
             f"`genes` {unknown[:5]} are unknown to model {model.name!r}{suggest(unknown[0], model.genes.index)}; see hg.models.load().genes"
@@ -176,19 +177,21 @@ def check_not_probes(table: AnnData) -> None:
     )
 
 
-def _lookup(model: HE2Gene, names: pd.Index, *, one_to_one: bool = True) -> tuple[np.ndarray, dict[str, str]]:
-    """Return positions of names in the model (-1: unknown), and the names that were matched by another symbol.
+def match_names(
+    names: pd.Index, symbols: pd.Index, ids: Iterable[str], *, one_to_one: bool = True
+) -> tuple[np.ndarray, dict[str, str]]:
+    """Return positions of names among genes (-1: unknown), and the names that were matched by another symbol.
 
     Match by symbol, else by Ensembl id without its version, else by another symbol of a gene that is not matched yet.
     """
-    by_symbol = model.genes.index.get_indexer(names)
-    ids = model.genes["ensembl_id"].astype(str).to_numpy()
+    by_symbol = symbols.get_indexer(names)
+    ids = np.asarray(ids).astype(str)
     with_id = np.flatnonzero(ids != "")
     with_id = with_id[~pd.Index(ids[with_id]).duplicated(keep=False)]
     stripped = names.astype(str).str.replace(r"\.\d+$", "", regex=True)
     found = pd.Index(ids[with_id]).get_indexer(stripped)
     by_ensembl = np.append(with_id, -1)[found]
     known = np.where(by_symbol >= 0, by_symbol, by_ensembl)
-    found = match_previous_symbols(names, model.genes.index, known, one_to_one=one_to_one)
+    found = match_previous_symbols(names, symbols, known, one_to_one=one_to_one)
     more = np.flatnonzero((found >= 0) & (known < 0))
-    return found, {names[i]: str(model.genes.index[found[i]]) for i in more}
+    return found, {names[i]: str(symbols[found[i]]) for i in more}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,14 +199,30 @@ def embedding_of(table: AnnData, prediction_key: str = "he2gene") -> np.ndarray:
     return values
 
 
+def adaptation_spots(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
+    """Return the spots that adapted layers were fitted on, ``(n_obs,)`` bool; ``None`` if they were not recorded."""
+    columns = [f"{step}_measured" for step in steps]
+    if not all(column in table.obs for column in columns):
+        return None
+    return np.logical_or.reduce([np.zeros(table.n_obs, bool), *(table.obs[c].to_numpy(bool) for c in columns)])
+
+
+def bundled_model(record: Mapping[str, Any]) -> HE2Gene | None:
+    """Return the bundled model that made a prediction; ``None`` if it was another model."""
+    from ..models import BUNDLED, load
+
+    found = load(record["model"]) if record.get("model") in BUNDLED else None
+    return found if found is not None and found.weights_sha256 == record.get("weights_sha256") else None
+
+
 def predicting_model(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene:
     """Return the model of a prediction: the argument, checked, or the bundled model."""
-    from ..models import BUNDLED, load
+    from ..models import load
 
     name, sha256 = record["model"], record["weights_sha256"]
     if model is None:
-        found = load(name) if name in BUNDLED else None
-        if found is None or found.weights_sha256 != sha256:
+        found = bundled_model(record)
+        if found is None:
             raise ValueError(
                 f"`model`: the prediction was made by {name!r}, which is not a bundled model of this version; pass its folder "
                 "or the loaded model, or predict again"

@@ -17,6 +17,7 @@ from .keys import OWN_TABLE
 from .logs import logger
 from .mpp import check_mpp, length_scale, resolve_mpp, transform_points
 from .names import annotation_target, as_list
+from .predictions import prediction_of
 from .spots import pitch_of
 
 if TYPE_CHECKING:
@@ -191,11 +192,11 @@ def colours_of(
 
 
 def mean_colours(sdata: SpatialData | AnnData, table: AnnData, layer: str | None) -> np.ndarray | None:
-    """Return the mean RGB of each spot ``(n_obs, 3)``; ``None`` if no image is found."""
+    """Return the mean RGB of each spot ``(n_obs, 3)``, from the image that a layer was predicted from; ``None`` if none is found."""
     if not getattr(sdata, "images", None):
         return None
     try:
-        slides = slides_of(sdata, table, layer)
+        slides = slides_of(sdata, table, prediction_of(table, layer))
     except ValueError as error:
         logger.warning("mean colour is not used as a reference: %s", error)
         return None

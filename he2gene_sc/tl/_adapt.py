@@ -14,8 +14,8 @@ from .._core.expression import Scale
 from .._core.keys import OWN_TABLE, Keys, check_key
 from .._core.lazy import is_large
 from .._core.matrix import dense, in_columns, matrix_of
-from .._core.ownership import check_free, is_prediction, is_record_of, recorded_keys
-from .._core.predictions import prediction_of
+from .._core.ownership import check_free, is_prediction, recorded_keys
+from .._core.predictions import adaptation_spots, prediction_of, source_layer
 from .._core.results import write_result
 from .._core.spots import get_table, sections_of, spots_of
 from .._settings import settings
@@ -165,6 +165,11 @@ def adapt(
     _check_not_predicted(table, measured, counts, layer)
     columns = columns_of(table, predicted, layer, genes)
     inside = np.all(np.isfinite(predicted[:, columns]), axis=1)
+    if not inside.any():
+        raise ValueError(
+            f"`layer` {layer!r}: no spot has values of all {len(columns)} genes, since regions were predicted for different genes; pass "
+            "`genes` that all of them have, or the table of one region"
+        )
     truth = measured_of(table, measured, counts, measured_scale, columns)
     truth[~inside] = np.nan
     spots = np.any(np.isfinite(truth), axis=1)
@@ -313,13 +318,11 @@ def _check_not_predicted(table: AnnData, measured: object, counts: str | None, l
 
 def _check_not_adapted(table: AnnData, layer: str, spots: np.ndarray) -> None:
     """Raise if the layer was already adapted to some of these spots: their residuals are too small."""
-    key = f"{layer}_measured"
-    record = table.uns.get(layer)
-    if not (is_record_of("adapt", record) and key in table.obs):
-        return
-    n_adapted = int((spots & table.obs[key].to_numpy(bool)).sum())
+    source, steps = source_layer(table, layer)
+    adapted = adaptation_spots(table, [step for step in steps if f"{step}_measured" in table.obs])
+    n_adapted = 0 if adapted is None else int((spots & adapted).sum())
     if n_adapted:
         raise ValueError(
             f"`layer` {layer!r} was already adapted to {n_adapted} of the {int(spots.sum())} measured spots; adapt the prediction "
-            f"{record['params']['layer']!r} to all measured spots at once"
+            f"{source!r} to all measured spots at once"
         )

@@ -12,9 +12,8 @@ from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
 from .._core.labelled import labelled_spots, measured_part
 from .._core.matrix import layer_label
-from .._core.predictions import record_of_layer, source_layer
+from .._core.predictions import bundled_model, record_of_layer, source_layer
 from .._core.spots import SpotData, read_spots
-from ._evaluate.layer import find_model
 from ._known import known_training_sections
 
 if TYPE_CHECKING:
@@ -87,6 +86,6 @@ def sections_trained_on(spots: SpotData) -> dict[str, str]:
     for i, table in enumerate(spots.tables):
         if record := record_of_layer(table, spots.layer):
             own = set(spots.sections[spots.objects == i])
-            sections = known_training_sections(record, find_model(record, None), own)
+            sections = known_training_sections(record, bundled_model(record), own)
             trained |= dict.fromkeys(sections, str(record.get("model")))
     return trained

@@ -4,7 +4,14 @@ import pytest
 from anndata import AnnData
 
 import he2gene_sc as hg
-from he2gene_sc._core.genes import columns_of, current_symbols, find_genes, match_genes, previous_symbols
+from he2gene_sc._core.genes import (
+    columns_of,
+    current_symbols,
+    find_genes,
+    match_genes,
+    match_names,
+    previous_symbols,
+)
 from he2gene_sc.tl._train.names import common_names
 from tests.helpers.patients import pool
 
@@ -34,6 +41,12 @@ def test_a_current_symbol_has_priority_over_a_previous_one():
     assert find_genes(["SEPT2", "SEPTIN2"], ["SEPTIN2"]).tolist() == [-1, 0]
     assert find_genes(["SEPTIN2"], ["SEPT2", "SEPTIN2"]).tolist() == [1]
     assert find_genes(["SEPT2", "SEPTIN2"], ["SEPTIN2"], one_to_one=False).tolist() == [0, 0]
+
+
+def test_genes_without_a_name_or_an_id_are_not_matched():
+    names = pd.Index(["", "ENSG01.3", "B", "ENSG02"])
+    found, renamed = match_names(names, pd.Index(["A", "B", "C", "D"]), ["ENSG01", "", "ENSG02", "ENSG02"])
+    assert (found.tolist(), renamed) == ([-1, 0, 1, -1], {})
 
 
 def test_two_previous_symbols_of_one_gene_are_ambiguous():

@@ -15,7 +15,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, se
 import he2gene_sc as hg
 from he2gene_sc._core.hints import mpp_hint, use_mpp_hint
 from he2gene_sc._core.mpp import stored_mpp
-from he2gene_sc._core.slide import resolve, slides_of
+from he2gene_sc._core.slide import mean_colours, resolve, slides_of
 from tests.helpers.objects import two_regions
 
 
@@ -532,3 +532,13 @@ def test_a_verb_without_mpp_says_once_how_to_correct_that_of_a_replaced_image(to
     toy.images["he"] = Image2DModel.parse(toy["he"].to_numpy()[:, ::2, ::2], dims=("c", "y", "x"), transformations=half)
     with pytest.raises(ValueError, match=r"tissue, state it: sdata\.attrs\['he2gene'\]\['mpp'\]\['he'\] = 4$"):
         slides_of(toy, toy["table"])
+
+
+def test_colours_are_of_the_image_that_a_layer_was_predicted_from(toy, tiny_model):
+    toy["other"] = Image2DModel.parse(255 - np.asarray(toy["he"]), dims=("c", "y", "x"))
+    hg.tl.predict(toy, model=tiny_model, image_key="he", mpp=2.0, key_added="first", layer="values")
+    hg.tl.predict(toy, model=tiny_model, image_key="other", mpp=2.0, key_added="second")
+    first, second = (mean_colours(toy, toy["table"], layer) for layer in ("values", "second"))
+    assert first is not None
+    assert second is not None
+    np.testing.assert_allclose(first + second, 255, atol=1)

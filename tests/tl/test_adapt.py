@@ -11,6 +11,7 @@ from he2gene_sc.stats import CANDIDATES, adapt, log_normalise, pearson, residual
 from he2gene_sc.stats._smoothers import kriging, matched_folds, ridge
 from he2gene_sc.stats._stack import simplex_weights, stack
 from he2gene_sc.stats._support import confirmed_share
+from tests.helpers.objects import two_regions
 
 
 def grid(rows, columns):
@@ -626,6 +627,25 @@ def test_an_adapted_layer_can_only_be_adapted_to_other_spots(table):
         hg.tl.adapt(table, first[0] | first[1], layer="he2gene_adapted")
     hg.tl.adapt(table, first[1], layer="he2gene_adapted")
     assert "he2gene_adapted_adapted" in table.layers
+    # Also not to those of an earlier step.
+    with pytest.raises(
+        ValueError,
+        match=r"'he2gene_adapted_adapted' was already adapted to 25 of .* adapt the prediction 'he2gene' to all",
+    ):
+        hg.tl.adapt(table, first[0], layer="he2gene_adapted_adapted")
+
+
+def test_regions_that_were_predicted_for_different_genes_raise(toy, tiny_model):
+    both, _ = two_regions(toy)
+    names = list(both["table"].var_names)
+    for region, genes in (("spots", names[:12]), ("more", names[8:20])):
+        hg.tl.predict(both, model=tiny_model, shapes_key=region, genes=genes)
+    mask = np.arange(both["table"].n_obs) % 2 == 0
+    with pytest.raises(
+        ValueError, match="no spot has values of all 20 genes, since regions were predicted for different"
+    ):
+        hg.tl.adapt(both, mask)
+    hg.tl.adapt(both, mask, genes=names[8:12])
 
 
 def test_a_prediction_is_not_adapted_to_itself_or_another(predicted, tiny_model):

@@ -481,7 +481,7 @@ def _column(table, labels):
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
         (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots are duplicated at the same place"),
-        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "'x' occurs twice"),
+        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "obs_names are duplicated: 'x'"),
         (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
     ],
 )  # fmt: skip

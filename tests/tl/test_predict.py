@@ -357,6 +357,18 @@ def test_predicting_one_region_keeps_the_prediction_of_the_other(toy, tiny_model
     assert list(both["table"].obs["he2gene_annotation"]) == list(before.obs["he2gene_annotation"])
 
 
+def test_regions_predicted_one_by_one_are_as_by_one_call(toy, tiny_model):
+    (both, _), (apart, _) = two_regions(toy), two_regions(toy)
+    hg.tl.predict(both, model=tiny_model)
+    for region in ("spots", "more"):
+        hg.tl.predict(apart, model=tiny_model, shapes_key=region)
+    same(apart["table"], both["table"])
+    np.testing.assert_array_equal(apart["table"].obsm["spatial"], both["table"].obsm["spatial"])
+    assert np.isfinite(apart["table"].obsm["spatial"]).all()
+    for name in ("regions", "share_on_tissue", "n_spots", "mpp", "image"):
+        assert apart["table"].uns["he2gene"][name] == both["table"].uns["he2gene"][name]
+
+
 def test_one_region_of_two_leaves_the_other_empty(toy, tiny_model):
     both, _ = two_regions(toy)
     hg.tl.predict(both, model=tiny_model, shapes_key="more")

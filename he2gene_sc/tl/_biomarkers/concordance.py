@@ -193,7 +193,7 @@ def _references(
     fdr: float,
 ) -> Iterator[pd.DataFrame]:
     """Scores of the gene-independent references: the mean of each gene times a number of the spot."""
-    by_spot = reference_fields.fields(data, tables, known, prediction_of(tables[0], layer) or layer)
+    by_spot = reference_fields.fields(data, tables, known, layer)
     effects = reference_fields.effects(known, by_spot, list(dict.fromkeys(genes["group"])), reference)
     mean = genes["names"].map(reference_fields.mean_expression(known)).to_numpy(float)
     for name in effects.index:

@@ -184,11 +184,10 @@ def domain_preservation(
     scale: Literal["counts", "log"] = "log" if measured_scale == "log" else "counts"
     check_duplicate_sections(spots if counted is None else replace(spots, layer=measured, scale=scale))
     _check_varies(where, {"layer": predicted, "measured": counted})
-    prediction = prediction_of(table, layer)
-    colour = mean_colours(data, table, prediction)
+    colour = mean_colours(data, table, layer)
     given = {"predicted": predicted, "measured": counted, "depth": depth, "mean colour": colour}
     spaces = {name: values for name, values in given.items() if values is not None}
-    annotation = table.obs.get(Keys(prediction or layer or "he2gene").annotation)
+    annotation = table.obs.get(Keys(prediction_of(table, layer) or layer or "he2gene").annotation)
     settings = _Settings(n_domains, list(range(seed, seed + n_seeds)), n_perms, clustering)
     cluster_names = {name: pd.Series(None, index=table.obs_names, dtype=object) for name in written}
     rows: list[dict] = []

@@ -11,11 +11,18 @@ import pandas as pd
 
 from ..._core import validate
 from ..._core.expression import Scale, log_expression
-from ..._core.genes import columns_of, match_genes, match_previous_symbols, symbols_in
+from ..._core.genes import columns_of, match_genes, match_names, symbols_in
 from ..._core.keys import Keys
 from ..._core.matrix import layer_names, matrix_of
 from ..._core.ownership import is_prediction, is_record_of
-from ..._core.predictions import prediction_of, record_of, source_layer
+from ..._core.predictions import (
+    adaptation_spots,
+    bundled_model,
+    predicting_model,
+    prediction_of,
+    record_of,
+    source_layer,
+)
 from ..._core.spots import get_table
 
 if TYPE_CHECKING:
@@ -97,16 +104,8 @@ def find_layer(table: AnnData, keys: Keys, layer: str, model: HE2Gene | None) ->
         matrix_of(table, name),
         table.var[keys.predicted].to_numpy(bool),
         record,
-        find_model(record, model),
+        bundled_model(record) if model is None else predicting_model(record, model),
     )
-
-
-def adaptation_spots(table: AnnData, steps: Sequence[str]) -> np.ndarray | None:
-    """Return the spots that adapted layers were fitted on, ``(n_obs,)`` bool; ``None`` if they were not recorded."""
-    columns = [f"{step}_measured" for step in steps]
-    if not all(column in table.obs for column in columns):
-        return None
-    return np.logical_or.reduce([np.zeros(table.n_obs, bool), *(table.obs[c].to_numpy(bool) for c in columns)])
 
 
 def prediction_named(data: Any, key: str) -> bool:
@@ -125,13 +124,7 @@ def genes_in_common(
         columns = np.arange(table.n_vars)
     else:
         names = symbols_in(other, gene_symbols)
-        stripped = names.str.replace(r"\.\d+$", "", regex=True)
-        by_id = pd.Index(table.var["ensembl_id"].astype(str)) if "ensembl_id" in table.var else table.var_names
-        by_id = pd.Series(np.arange(len(by_id)), by_id)
-        by_id = by_id[~by_id.index.duplicated(keep=False)]
-        columns = table.var_names.get_indexer(names)
-        columns = np.where(columns >= 0, columns, by_id.reindex(stripped).fillna(-1).to_numpy(int))
-        columns = match_previous_symbols(names, table.var_names, columns)
+        columns, _ = match_names(names, table.var_names, table.var.get("ensembl_id", table.var_names))
     usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
     if not usable.any():
         raise ValueError(
@@ -170,20 +163,3 @@ def training_facts(
         panels["most variable"] = is_known & facts["variable"].to_numpy(bool)
         mean[columns] = np.where(np.isnan(mean[columns]) & is_known, facts["mean"], mean[columns])
     return mean[columns], {name: mask for name, mask in panels.items() if mask.any()}
-
-
-def find_model(record: Mapping[str, Any], model: HE2Gene | None) -> HE2Gene | None:
-    """Return the model that made a prediction: ``model`` if given, else a bundled one with the same weights."""
-    from ...models import BUNDLED, load
-
-    if model is not None:
-        if model.weights_sha256 != record.get("weights_sha256"):
-            raise ValueError(
-                f"`model` is {model.name!r}, the prediction was made by {record.get('model')!r} with other weights; pass that "
-                "model, or predict again"
-            )
-        return model
-    if record.get("model") not in BUNDLED:
-        return None
-    model = load(record["model"])
-    return model if model.weights_sha256 == record.get("weights_sha256") else None
