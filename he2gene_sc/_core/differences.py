@@ -13,12 +13,11 @@ import numpy as np
 
 from . import logs
 from .equality import is_same_value, same_array, same_column
+from .keys import MAPPINGS
 from .rasters import entries_of, levels, zarr_folders
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
 
 
 @dataclass
@@ -77,8 +76,7 @@ def read_elements(store: Path, kinds: set[str]) -> dict[str, Any]:
 
     if not kinds:
         return {}
-    with warnings.catch_warnings(), logs.silence("spatialdata", "ome_zarr"):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), logs.silence("spatialdata", "ome_zarr"):
         found = sd.read_zarr(store, selection=tuple(sorted(kinds)), on_bad_files="warn")
     return {name: element for _, name, element in found.gen_elements()}
 
@@ -89,8 +87,7 @@ def table_difference(path: Path, table: AnnData) -> Difference:
     from anndata.io import read_elem
 
     found = Difference()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         group: Any = zarr.open_group(path, mode="r", use_consolidated=False)
         frames = {axis: read_elem(group[axis]) for axis in ("obs", "var")}
         uns = read_elem(group["uns"]) if "uns" in group else {}

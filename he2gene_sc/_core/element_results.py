@@ -65,8 +65,7 @@ def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> 
         elements[name] = element
         yield
     except BaseException:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             if name in elements and elements[name] is not before.get(name):
                 del elements[name]
             if name in before and name not in elements:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from . import validate
-from .keys import ATTRS, OWN_TABLE
+from .keys import ATTRS, MAPPINGS, OWN_TABLE
 from .names import annotation_target, as_list
 from .rasters import levels, zarr_sources
 from .validate import format_list
@@ -154,8 +154,7 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
 def check_files(place: str, element: Any) -> None:
     """Raise if the zarr files of an image, labels, lazy table or array are missing or others: zarr would read zeros or noise."""
     if hasattr(element, "obs_names"):
-        slots = (element.layers, element.obsm, element.varm, element.obsp, element.varp)
-        arrays = [element.X, *(value for slot in slots for value in slot.values())]
+        arrays = [element.X, *(value for slot in MAPPINGS for value in getattr(element, slot).values())]
     elif hasattr(element, "dims") or hasattr(element, "children"):
         arrays = [level.data for level in levels(element)]
     elif hasattr(element, "chunks"):

@@ -111,26 +111,26 @@ def _check_counts(found: ValueSummary, where: str, parameter: str, unmeasured_sp
         raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; counts are needed")
 
 
-def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) -> None:
+def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str, stacklevel: int) -> None:
     if found.n_negative or found.high > MAX_LOG:
         warnings.warn(
             f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
             "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return
     if problem := scale_problem(values):
         warnings.warn(
             f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
             f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
 def scale_problem(values: Any) -> str:
     """Describe logarithms that are not natural ones of (1 + counts per 10,000); empty if they are or may be.
 
-    ``expm1`` of all genes of a spot sums to 10,000; of a gene panel, to less, and to another sum in each spot. So a sum
+    ``expm1`` of all genes of a spot sums to 10,000. For a gene panel the sum is smaller and differs between spots. So a sum
     above 10,000, or the same sum below it in all spots, means another total. Without the logarithm, the values of a spot
     are multiples of the smallest, which shows the base even if genes are missing. Whole numbers in nearly all spots were
     never normalised. Genes whose maxima are all 1 were scaled.
@@ -245,9 +245,29 @@ def log_expression(
 ) -> np.ndarray:
     """Check a matrix, and return it as natural logarithms of (1 + counts per 10,000), ``(n, g)`` float32.
 
-    Counts are normalised by the totals of all columns, not only of ``genes``. With ``scale="auto"``, values on another scale
-    than ``expected`` raise. Values that a model ``predicted`` need not sum to 10,000. With ``unmeasured_spots``, counts may
-    be NaN for all genes of a spot.
+    Counts are normalised by the totals of all columns, not only of ``genes``. For the other parameters see :func:`check_scale`.
+    """
+    kind = check_scale(
+        table, layer, scale, expected, parameter, predicted=predicted, unmeasured_spots=unmeasured_spots, stacklevel=5
+    )
+    return as_logs(matrix_of(table, layer, parameter), kind, genes)
+
+
+def check_scale(
+    table: AnnData,
+    layer: str | None,
+    scale: Scale,
+    expected: Literal["counts", "log"],
+    parameter: str = "layer",
+    *,
+    predicted: bool = False,
+    unmeasured_spots: bool = False,
+    stacklevel: int = 4,
+) -> Literal["counts", "log"]:
+    """Return whether a matrix holds counts or logarithms; raise if its values are not valid.
+
+    With ``scale="auto"``, values on another scale than ``expected`` raise. Values that a model ``predicted`` need not sum to
+    10,000. With ``unmeasured_spots``, counts may be NaN for all genes of a spot.
     """
     values, where = matrix_of(table, layer, parameter), layer_label(layer)
     scale_parameter = "layer_scale" if parameter == "layer" else "measured_scale"
@@ -272,5 +292,5 @@ def log_expression(
             f"pass {scale_parameter}='counts'"
         )
     elif not predicted:
-        _check_logs(values, found, where, parameter)
-    return as_logs(values, kind, genes)
+        _check_logs(values, found, where, parameter, stacklevel)
+    return kind

@@ -26,6 +26,11 @@ SPATIAL = "he2gene_spatial"
 #: Entries of ``table.uns["he2gene"]`` that differ between the regions of a table.
 REGION_FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_spots", "n_outside")
 
+#: Slots of a table that are aligned to each of its axes, and those that are mappings.
+ALIGNED = {"obs": ("obs", "obsm", "obsp", "uns", "layers"), "var": ("var", "varm", "varp", "layers")}
+MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
+SLOTS = ("obs", "var", *MAPPINGS, "uns")
+
 #: Names of elements and keys that zarr stores of spatialdata accept.
 _VALID = re.compile(r"[A-Za-z0-9_.-]+")
 

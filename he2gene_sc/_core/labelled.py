@@ -14,7 +14,7 @@ from scipy.sparse import issparse
 
 from . import validate
 from .duplicates import check_duplicate_sections, check_duplicate_spots
-from .expression import Scale, count_totals, log_expression, summarize_values
+from .expression import Scale, check_scale, count_totals, log_expression, summarize_values
 from .genes import columns_of, find_genes
 from .keys import OWN_TABLE, Keys
 from .logs import logger
@@ -49,15 +49,7 @@ def labelled_spots(
         blocks = blocks_of(matrix_of(table, layer))
         if table.n_obs * table.n_vars and all(not issparse(block) and np.isnan(block).all() for _, block in blocks):
             raise ValueError(f"`layer` {layer!r} is NaN for every gene and spot")
-        # This only checks the values: without genes it returns an empty array.
-        log_expression(
-            table,
-            layer,
-            genes=np.zeros(0, int),
-            scale=layer_scale,
-            expected=spots.scale,
-            predicted=prediction_of(table, layer) is not None,
-        )
+        check_scale(table, layer, layer_scale, spots.scale, predicted=prediction_of(table, layer) is not None)
     spots = replace(
         spots,
         scale=spots.scale if layer_scale == "auto" else layer_scale,
@@ -194,9 +186,7 @@ def measured_part(
     chosen = spots.take(seen)
     for table, rows in zip(chosen.tables, chosen.rows, strict=True):
         if len(rows):
-            log_expression(
-                table[rows], measured, genes=np.zeros(0, int), scale=scale, expected=expected, parameter="measured"
-            )
+            check_scale(table[rows], measured, scale, expected, "measured")
     return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen
 
 

@@ -27,7 +27,6 @@ def silence(*names: str, level: int = logging.ERROR) -> Iterator[None]:
 
 def import_squidpy() -> Any:
     """Import squidpy without the warnings about its docstrings, which the first import shows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
+    with warnings.catch_warnings(action="ignore", category=SyntaxWarning):
         import squidpy
     return squidpy

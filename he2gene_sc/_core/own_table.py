@@ -11,7 +11,7 @@ import pandas as pd
 
 from .element_results import element_names, replaced_element
 from .fill import StackedPredictions, check_fillable, fill_table
-from .keys import INSTANCE, OWN_TABLE, REGION, SPATIAL, TABLE, Keys
+from .keys import ALIGNED, INSTANCE, OWN_TABLE, REGION, SLOTS, SPATIAL, TABLE, Keys
 from .lazy import is_large
 from .ownership import foreign_keys, is_result, owns_spatial, recorded_keys, unchanged_keys
 from .results import remove_derived, same_values, warn_removed
@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from .genes import WantedGenes
     from .slide import Slide
 
-#: Axes that each slot of a table is aligned to.
-_SLOTS = {
-    "obs": {"obs"},
-    "obsm": {"obs"},
-    "obsp": {"obs"},
-    "uns": {"obs"},
-    "var": {"var"},
-    "varm": {"var"},
-    "varp": {"var"},
-    "layers": {"obs", "var"},
-}
 #: Columns of every new table.
 _OWN_COLUMNS = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}
 
@@ -59,7 +48,7 @@ def check_new_table(
         f"{slot}[{key!r}]"
         for slot, keys_there in foreign_keys(before).items()
         for key in keys_there
-        if _SLOTS[slot] & changed and key not in _OWN_COLUMNS.get(slot, ())
+        if slot in _aligned(changed) and key not in _OWN_COLUMNS.get(slot, ())
     ]
     if changed and before.raw is not None:
         lost.append("raw")
@@ -155,13 +144,14 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     """Copy other entries of the table ``before`` into the new table; return the results that are not copied."""
     changed = _changed_axes(before, table.obs_names, table.var_names)
+    aligned = _aligned(changed)
     dropped: dict[str, dict[str, list[str]]] = {keys.uns: recorded_keys(keys.uns, before.uns.get(keys.uns))}
     for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
         written = unchanged_keys(before, key)
-        if "obs" in changed or any(_SLOTS[slot] & changed for slot, names in written.items() if names):
+        if "obs" in changed or any(slot in aligned for slot, names in written.items() if names):
             dropped[key] = written
-    for slot, axes in _SLOTS.items():
-        if axes & changed:
+    for slot in SLOTS:
+        if slot in aligned:
             continue
         there, here = getattr(before, slot), getattr(table, slot)
         gone = {name for written in dropped.values() for name in written.get(slot, [])}
@@ -185,6 +175,10 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
 def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> set[str]:
     same = {"obs": before.obs_names.equals(obs_names), "var": before.var_names.equals(var_names)}
     return {axis for axis, is_same in same.items() if not is_same}
+
+
+def _aligned(axes: set[str]) -> set[str]:
+    return {slot for axis in axes for slot in ALIGNED[axis]}
 
 
 def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:

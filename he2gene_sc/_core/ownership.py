@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 import pandas as pd
 
-from .keys import OWN_TABLE, SPATIAL, Keys
+from .keys import OWN_TABLE, SLOTS, SPATIAL, Keys
 from .signatures import is_unchanged
 from .validate import format_list
 
@@ -136,7 +136,7 @@ def foreign_keys(table: AnnData) -> dict[str, list[str]]:
     """Return the keys of a table that no verb wrote, or that were changed since, by slot."""
     results = [key for key, record in table.uns.items() if is_result(record)]
     found = {}
-    for slot in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+    for slot in SLOTS:
         known = {name for key in results for name in unchanged_keys(table, key).get(slot, [])}
         known |= {*results, *RESERVED} if slot == "uns" else set()
         known |= {"spatial"} if slot == "obsm" and owns_spatial(table) else set()

@@ -17,7 +17,7 @@ import pandas as pd
 
 from . import validate
 from .elements import is_object, objects_in
-from .keys import Keys
+from .keys import MAPPINGS, Keys
 from .matrix import dense
 from .ownership import is_record_of, unchanged_keys
 from .rasters import entries_of
@@ -26,7 +26,6 @@ from .signatures import same_digest, slot_digest
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp", "uns")
 #: Values that are compared at once.
 _BLOCK = 1 << 24
 #: Parameters that name the input of a function: a layer, a column of ``obs``, another result, a prediction.
@@ -104,13 +103,12 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
 @contextmanager
 def restore_on_error(table: AnnData) -> Iterator[None]:
     """Restore every slot of a table if the block raises, also on Ctrl-C."""
-    before = {name: entries_of(table, name) for name in _MAPPINGS}
+    before = {name: entries_of(table, name) for name in (*MAPPINGS, "uns")}
     frames = {name: getattr(table, name).copy() for name in ("obs", "var")}
     try:
         yield
     except BaseException:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             for name, frame in frames.items():
                 setattr(table, name, frame)
             for name, entries in before.items():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .keys import ALIGNED
 from .lazy import LAZY
 from .rasters import levels
 
@@ -22,13 +23,11 @@ _BLOCK = 1 << 22
 _MAX_VALUES = 1 << 26
 #: Digests of lazy layers by name.
 _LAZY_DIGESTS: dict[str, str] = {}
-#: Axes that each slot of a table is aligned to.
-_AXES = {"obs": ("obs",), "obsm": ("obs",), "var": ("var",), "varm": ("var",), "layers": ("obs", "var")}
 
 
 def slot_digest(table: AnnData, slot: str, name: str) -> str:
     """Return a digest of an entry of a table and of the names that it is aligned to: ``"<names>:<values>"``."""
-    names = [getattr(table, f"{axis}_names") for axis in _AXES[slot]]
+    names = [getattr(table, f"{axis}_names") for axis, slots in ALIGNED.items() if slot in slots]
     value = getattr(table, slot)[name]
     lazy = str(getattr(value, "name", "")) if hasattr(value, "dask") else ""
     # The name of a lazy layer is a digest of its inputs, so the layer is computed only once.
@@ -40,7 +39,7 @@ def slot_digest(table: AnnData, slot: str, name: str) -> str:
 
 def is_unchanged(table: AnnData, slot: str, name: str, signature: str | None) -> bool:
     """Whether an entry is unchanged; with other row names, or without a signature, it counts as unchanged."""
-    if not signature or slot not in _AXES:
+    if not signature:
         return True
     names, _, _ = signature.partition(":")
     found = slot_digest(table, slot, name)

@@ -211,23 +211,33 @@ def slides_of(sdata: SpatialData, table: AnnData, prediction: str | None = "he2g
         raise ValueError(f"table {table_key!r} does not annotate shapes")
     record = table.uns.get(prediction) if prediction is not None else None
     record = record if isinstance(record, Mapping) else {}
-
-    def recorded(name: str, region: str) -> Any:
-        value = record.get(name)
-        return value.get(region) if isinstance(value, Mapping) else value
-
     regions = as_list(attrs["region"])
     # Prefer the predicted regions: others may have no image.
     regions = [region for region in regions if region in as_list(record.get("shapes", regions))] or regions
-    found: list[Slide] = []
-    for region in regions:
-        with use_mpp_hint(STATE_MPP):
-            found += resolve(
-                sdata,
-                image_key=recorded("image", region),
-                shapes_key=region,
-                table_key=None if OWN_TABLE in table.uns else table_key,
-                coordinate_system=recorded("coordinate_system", region),
-                mpp=recorded("mpp", region),
-            )
-    return tuple(found)
+    measured = None if OWN_TABLE in table.uns else table_key
+    return tuple(recorded_slide(sdata, record, region, measured) for region in regions)
+
+
+def recorded_slide(
+    sdata: SpatialData,
+    record: Mapping[str, Any],
+    region: str,
+    table_key: str | None,
+    image_key: str | None = None,
+    coordinate_system: str | None = None,
+) -> Slide:
+    """Return the slide of a region, with the image, coordinate system and µm/px that predict recorded; arguments have priority."""
+    image, system, mpp = (
+        value.get(region) if isinstance(value, Mapping) else value
+        for value in (record.get(name) for name in ("image", "coordinate_system", "mpp"))
+    )
+    with use_mpp_hint(STATE_MPP):
+        (slide,) = resolve(
+            sdata,
+            image_key=image_key or image,
+            shapes_key=region,
+            table_key=table_key,
+            coordinate_system=coordinate_system or system,
+            mpp=None if mpp is None else float(mpp),
+        )
+    return slide

@@ -117,13 +117,6 @@ def in_range(
     raise ValueError(f"`{parameter}` is {value!r}; {' '.join([what, ' and '.join(bounds)]).strip()} is needed")
 
 
-def flag(value: Any, parameter: str) -> bool:
-    """Check that a value is True or False."""
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    raise ValueError(f"`{parameter}` is {value!r}; True or False is needed")
-
-
 def instance(value: Any, kinds: type | tuple[type, ...], parameter: str, needed: str) -> Any:
     """Check the type of a value; ``needed`` names the valid type, with its article."""
     if isinstance(value, kinds):
@@ -143,13 +136,6 @@ def running_client(client: Any) -> None:
         raise ValueError(
             f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running, synchronous client is needed"
         )
-
-
-def name(value: Any, parameter: str) -> str:
-    """Check that a value is a text that is not blank."""
-    if isinstance(value, str) and value.strip():
-        return value
-    raise ValueError(f"`{parameter}` is {value!r}; a name is needed")
 
 
 def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> list[Any]:
@@ -183,17 +169,6 @@ def folder_or_file(value: Any, parameter: str) -> Path:
         shown = text if len(text) <= 2 * _LONG_PATH else f"{text[:_LONG_PATH]}…{text[-_LONG_PATH:]}"
         raise ValueError(f"`{parameter}` {shown} is not a path that can be opened: {error}") from error
     return path
-
-
-def finite(values: Any, parameter: str, what: str = "values") -> np.ndarray:
-    """Check that numbers are finite."""
-    try:
-        array = np.asarray(values, float)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{parameter}` does not hold numbers; finite {what} are needed") from None
-    if wrong := int((~np.isfinite(array)).sum()):
-        raise ValueError(f"`{parameter}` holds {wrong} {what} that are NaN or infinite; finite ones are needed")
-    return array
 
 
 def all_different(values: Collection[Any], parameter: str, what: str = "names") -> None:
@@ -273,6 +248,10 @@ def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
     return lambda value, name: value if value is None else check(value, name)
 
 
+def _is_real(value: object) -> bool:
+    return is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value))
+
+
 def _checker(is_valid: Callable[[Any], bool], needed: str, *, by_type: bool = False) -> Callable[[Any, str], Any]:
     def check(value: Any, parameter: str) -> Any:
         if is_valid(value):
@@ -283,10 +262,9 @@ def _checker(is_valid: Callable[[Any], bool], needed: str, *, by_type: bool = Fa
     return check
 
 
-def _is_real(value: object) -> bool:
-    return is_whole(value) or (isinstance(value, float | np.floating) and not np.isnan(value))
-
-
+#: ``flag(value, parameter)``: check that a value is True or False; ``name``: that it is a text that is not blank.
+flag = _checker(lambda value: isinstance(value, bool | np.bool_), "True or False")
+name = _checker(lambda value: isinstance(value, str) and bool(value.strip()), "a name")
 #: Checks by annotation. The function itself checks the range of numbers; infinity may be valid.
 _CHECKS: dict[frozenset[str], Callable[[Any, str], Any]] = {
     frozenset({"str"}): _checker(lambda value: isinstance(value, str), "a text", by_type=True),

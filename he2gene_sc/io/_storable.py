@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .._core.differences import MAPPINGS
+from .._core.keys import MAPPINGS
 from .._core.rasters import entries_of
 
 if TYPE_CHECKING:

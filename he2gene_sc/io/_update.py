@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core.concurrent_changes import NOT_COMPARED
-from .._core.differences import MAPPINGS, Change, Difference, read_elements, spatial_difference, table_difference
+from .._core.differences import Change, Difference, read_elements, spatial_difference, table_difference
 from .._core.element_results import is_as_written
 from .._core.elements import check_files
-from .._core.keys import ATTRS, OWN_TABLE
+from .._core.keys import ATTRS, MAPPINGS, OWN_TABLE
 from .._core.ownership import is_result, recorded_keys
 from .._core.rasters import entries_of, levels, zarr_folders
 from .._core.stores import (

@@ -16,13 +16,12 @@ import pandas as pd
 
 from .._core import validate
 from .._core.elements import check_spatialdata
-from .._core.hints import STATE_MPP, use_mpp_hint
 from .._core.keys import Keys
 from .._core.mpp import affine, length_scale, transform_points
 from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
-from .._core.slide import Slide, resolve
+from .._core.slide import Slide, recorded_slide
 from .._core.spots import SECTION, pitch_of, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 
@@ -269,19 +268,7 @@ def canvases(
             # Saved without its pixels: the spots alone, as of a table.
             found.append(Canvas(table, name=name))
             continue
-        image, system, mpp = (
-            value.get(region) if isinstance(value, Mapping) else value
-            for value in (record["image"], record["coordinate_system"], record["mpp"])
-        )
-        with use_mpp_hint(STATE_MPP):
-            (slide,) = resolve(
-                data,
-                image_key=image_key or image,
-                shapes_key=region,
-                table_key=key,
-                coordinate_system=coordinate_system or system,
-                mpp=None if mpp is None else float(mpp),
-            )
+        slide = recorded_slide(data, record, region, key, image_key, coordinate_system)
         found.append(Canvas(table, slide, data, name))
     return found
 

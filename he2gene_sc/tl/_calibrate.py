@@ -17,7 +17,6 @@ import pandas as pd
 
 from .._core import validate
 from .._core.expression import MAX_LOG, Scale, summarize_values
-from .._core.keys import PATIENT
 from .._core.names import clean_names
 from .._core.predictions import record_of_layer
 from ..stats import LEVELS, MIN_GROUPS
@@ -79,10 +78,9 @@ class Calibration:
     genes: pd.Index = field(repr=False)
     detected: np.ndarray = field(repr=False)
     residuals: Residuals = field(repr=False)
-    # Files of older versions do not have the following fields.
-    means: np.ndarray | None = field(default=None, repr=False)
-    spread: tuple[float, float] = field(default=(1.0, 1.0), repr=False)
-    models: tuple[str, ...] = field(default=(), repr=False)
+    means: np.ndarray = field(repr=False)
+    spread: tuple[float, float] = field(repr=False)
+    models: tuple[str, ...] = field(repr=False)
 
     def _repr_html_(self) -> str:
         from ..models._card import as_html
@@ -130,8 +128,7 @@ class Calibration:
             widths = {array.shape[-1] for name, array in arrays.items() if name != "residuals.spots"}
             if versions != (_SCHEMA, LEVELS.tolist()) or len(widths) != 1:
                 raise ValueError("another version wrote it, or its arrays do not fit its genes")
-            # Files of older versions lack some facts and arrays.
-            facts |= {name: tuple(facts[name]) for name in ("spread", "models") if name in facts}
+            facts |= {name: tuple(facts[name]) for name in ("spread", "models")}
             residuals = {name.removeprefix("residuals."): arrays.pop(name) for name in [*arrays] if "." in name}
             genes = pd.Index(arrays.pop("genes").astype(object))
             return cls(genes=genes, residuals=Residuals(**residuals), **facts, **arrays)
@@ -215,17 +212,16 @@ def calibrate(
         section_key=section_key,
         table_key=table_key,
     )
-    unit = "patient" if sample_key == PATIENT else sample_key
     codes, names = pd.factorize(predicted.samples)
     if len(names) < 2:
         raise ValueError(
-            f"`sample_key` {sample_key!r}: the measured spots are of one {unit}, {names[0]!r}; at least 2 are needed, and "
+            f"`sample_key` {sample_key!r}: the measured spots are of one {sample_key}, {names[0]!r}; at least 2 are needed, and "
             f"{MIN_GROUPS} for a guarantee. To calibrate for new sections of one patient, use sample_key='section'"
         )
     if len(names) < MIN_GROUPS:
         warnings.warn(
-            f"`data`: {len(names)} of {unit!r}; with fewer than {MIN_GROUPS} the coverage of the intervals is not guaranteed for "
-            "a new one, and is often below the nominal value",
+            f"`data` has {len(names)} values of {sample_key!r}. With fewer than {MIN_GROUPS}, the coverage for a new one is not "
+            "guaranteed, and is often below the nominal value",
             stacklevel=2,
         )
     all_spots, parts, detected, means = np.ones(len(codes), bool), [], [], []
@@ -254,7 +250,7 @@ def calibrate(
         layer=layer,
         layer_scale=predicted.scale,
         kinds=sorted(set(map(str, kinds))),
-        unit=unit,
+        unit=sample_key,
         groups=[str(name) for name in names],
         n_spots=len(codes),
         genes=predicted.genes.astype(str),
@@ -333,7 +329,7 @@ def _warn_of_origin(calibration: Calibration, table: AnnData, layer: str) -> Non
 
 def warn_of_level(calibration: Calibration, means: np.ndarray, positions: np.ndarray, layer: str) -> None:
     """Warn if the gene means of a slide are on another scale; ``positions`` are those of its genes in the calibration."""
-    if calibration.means is None or calibration.kinds == ["other"]:
+    if calibration.kinds == ["other"]:
         return
     calibrated = calibration.means[positions]
     both = np.isfinite(calibrated) & np.isfinite(means)
@@ -345,8 +341,8 @@ def warn_of_level(calibration: Calibration, means: np.ndarray, positions: np.nda
     if low / _LEVEL_FACTOR <= ratio <= high * _LEVEL_FACTOR:
         return
     warnings.warn(
-        f"`layer` {layer!r} has on average {ratio:.2f} times the values of the slides of the `calibration`, whose {calibration.unit}s "
-        f"have {low:.2f} to {high:.2f} times: another scale (logarithms to base 2: 1.44 times, to base 10: 0.43) or another model, so "
-        "the coverage is below the nominal value; convert the layer to that scale, or calibrate again",
+        f"`layer`: the values of {layer!r} are on average {ratio:.2f} times those of the slides of the `calibration` (over its "
+        f"{calibration.unit}s: {low:.2f} to {high:.2f} times). It is on another scale (logarithms to base 2: 1.44 times, to base 10: 0.43) or "
+        "of another model, so the coverage is below the nominal value; convert the layer to that scale, or calibrate again",
         stacklevel=3,
     )

@@ -14,7 +14,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
-from .._core.keys import PATIENT, check_key
+from .._core.keys import check_key
 from .._core.labelled import labelled_spots
 from .._core.logs import logger
 from .._core.matrix import in_columns, values_of
@@ -197,8 +197,7 @@ def programmes(
         fields_of_spots = fields(held_out, truth.tables, truth, str(layer))
         references = {name: values[:, None] for name, values in fields_of_spots.items()}
         facts["sections"] = _section_metrics(held_out_scorer, predicted, truth, references, seed)
-        unit = "patient" if sample_key == PATIENT else sample_key
-        summary = _over_units(facts["sections"], unit, held_out_scorer.names, sections_trained_on(predicted))
+        summary = _over_units(facts["sections"], sample_key, held_out_scorer.names, sections_trained_on(predicted))
         results["evidence"] = f"{_UNKNOWN}fewer than {min_genes} of its genes on the held-out slides"
         results.loc[summary.index, summary.columns] = summary
         params |= {**unit_keys, "measured_scale": measured_scale}
