@@ -85,7 +85,7 @@ def dense(values: Any) -> np.ndarray:
 
 
 def take(values: Any, rows: np.ndarray) -> Any:
-    """Return rows of a matrix in memory, without a copy if they are all of them in order."""
+    """Return rows of a matrix in memory, without a copy if all rows are taken in order."""
     return values if np.array_equal(rows, np.arange(values.shape[0])) else values[rows]
 
 

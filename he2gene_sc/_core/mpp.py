@@ -294,15 +294,22 @@ def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, sys
 
 
 def _fit_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; return also the residuals ``(n, 2)``."""
-    if not {"array_row", "array_col"} <= set(obs) or len(obs) < 12:
+    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; return also the residuals ``(m, 2)``.
+
+    Spots without array positions are left out; at least 12 are needed, and half of all.
+    """
+    if not {"array_row", "array_col"} <= set(obs):
         return None
-    steps = np.column_stack([pd.to_numeric(obs[name], errors="coerce") for name in ("array_col", "array_row")])
-    if not np.isfinite(steps.astype(float)).all():
+    columns = [
+        pd.to_numeric(obs[name], errors="coerce").to_numpy(float, na_value=np.nan)
+        for name in ("array_col", "array_row")
+    ]
+    design = np.column_stack([*columns, np.ones(len(obs))])
+    known = np.isfinite(design).all(axis=1)
+    if known.sum() < max(12, len(obs) / 2):
         return None
-    design = np.column_stack([steps, np.ones(len(steps))]).astype(float)
-    solution, _, rank, _ = np.linalg.lstsq(design, centres, rcond=None)
-    return (solution[:2].T, design @ solution - centres) if rank == 3 else None
+    solution, _, rank, _ = np.linalg.lstsq(design[known], centres[known], rcond=None)
+    return (solution[:2].T, design[known] @ solution - centres[known]) if rank == 3 else None
 
 
 def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
@@ -317,7 +324,7 @@ def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
     """Whether array positions explain less than half of the variance of the spot centres."""
     found = _fit_array(obs, centres)
     # Repeated positions come from several arrays.
-    if found is None or obs.duplicated(["array_row", "array_col"]).any():
+    if found is None or obs.dropna(subset=["array_row", "array_col"]).duplicated(["array_row", "array_col"]).any():
         return False
     return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
 

@@ -29,6 +29,9 @@ _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _LEADING_ZEROS = re.compile(r"(?<![\d.,])0+(?=\d)")
 #: Blanks, except between digits, where they separate two numbers.
 _BLANKS = re.compile(r"(?<!\d) | (?!\d)")
+#: The same for dashes and underscores, which are part of a label ("HER2-") but not of a patient ("P-1" is P1).
+_JOINTS = re.compile(r"(?<!\d)[-_]|[-_](?!\d)")
+_PATIENTS = ("samples", "patients")
 
 
 def clean_name(value: object) -> str | None:
@@ -111,14 +114,14 @@ def check_spelling(
     rows: Mapping[str, Sequence[str]] | None = None,
     fix: str | None = None,
 ) -> None:
-    """Raise for names that differ only in case, blanks, dashes or leading zeros.
+    """Raise for names that differ only in case, blanks, kinds of dashes or leading zeros; of samples also in dashes and underscores.
 
     ``names`` and ``rows`` map a place, such as ``"object 2"``, to names; ``fix`` replaces the call that the error suggests.
     """
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
-            first, there = seen.setdefault(_fold_spelling(name), (name, place))
+            first, there = seen.setdefault(_fold_spelling(name, what in _PATIENTS), (name, place))
             if first != name:
                 shown = [_format_occurrences(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
@@ -128,14 +131,17 @@ def check_spelling(
                 )
 
 
-def _fold_spelling(name: str) -> str:
+def _fold_spelling(name: str, join: bool) -> str:
     name = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
+    name = _JOINTS.sub("", name) if join else name
     return _LEADING_ZEROS.sub("", _BLANKS.sub("", name))
 
 
 def _spelling_difference(first: str, second: str) -> str:
     """Return in what two names differ that have the same folded spelling."""
-    numbers = [re.findall(r"\d+", name) for name in (first, second)]
+    numbers, joints = ([re.findall(pattern, name) for name in (first, second)] for pattern in (r"\d+", "[-_]"))
+    if joints[0] != joints[1] and not _DASHES.search(first + second):
+        return "dashes, underscores, blanks or case"
     return (
         "case or blanks"
         if numbers[0] == numbers[1] and not _DASHES.search(first + second)

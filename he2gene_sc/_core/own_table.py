@@ -85,6 +85,8 @@ def check_spot_ids(ids: pd.Index, shapes_key: str) -> None:
     if kind == "string" and values.hasnans:
         # Strings of pandas 3 have their own missing value.
         kind = "mixed"
+    if kind == "integer" and len(values) and values.max() > np.iinfo(np.int64).max:
+        kind = "too large"
     if kind in ("integer", "string"):
         return
     raise ValueError(

@@ -64,7 +64,7 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
             f"`shapes_key` {slide.shapes_key!r}: the spots overlap, with a diameter of {diameter:.3g} px {pitch:.3g} px apart on image "
             f"{slide.image_key!r}. Their coordinates look like those of a smaller image, or the diameter is that of another slide: "
             "spots may be predicted from other tissue. Check both, or transform the spots by the width of this image over the width of "
-            f"that one; side by side they would be with: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
+            f"that one. The call that makes them adjacent: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
             stacklevel=4,
         )
     chosen = subsample(np.flatnonzero(slide.inside))
@@ -146,18 +146,15 @@ def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, dar
         return
     obs = sdata[slide.table_key].obs.iloc[slide.rows]
     lattice = array_lattice(obs, slide.centres)
-    if lattice is None:
-        if is_scattered(obs, slide.centres):
-            warnings.warn(
-                f"`array_row` and `array_col` of table {slide.table_key!r} do not match the positions of the spots of "
-                f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
-                "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns belong "
-                "to another array, delete them",
-                stacklevel=5,
-            )
-        _check_swap(sdata, slide, chosen, darkness)
-        return
-    if slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
+    if lattice is None and is_scattered(obs, slide.centres):
+        warnings.warn(
+            f"`array_row` and `array_col` of table {slide.table_key!r} do not match the positions of the spots of "
+            f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
+            "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns belong "
+            "to another array, delete them",
+            stacklevel=5,
+        )
+    if lattice is None or slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
         _check_swap(sdata, slide, chosen, darkness)
         return
     if np.linalg.det(lattice) >= 0:

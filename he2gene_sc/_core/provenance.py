@@ -75,7 +75,7 @@ def _cluster_columns(table: AnnData, predicted: bool) -> set[str]:
 
 
 def _determined_share(tables: Sequence[AnnData], groupby: str, name: str) -> float:
-    """Share of spots with the most common label of their level of a column; 0 if hardly above that of the overall most common."""
+    """Share of spots whose label is the most common one of their level; 0 if it is hardly above that of the most common label overall."""
     chosen = [table for table in tables if name in table.obs]
     labels = np.concatenate([clean_names(table.obs[groupby]) for table in chosen])
     source = np.concatenate([clean_names(table.obs[name]) for table in chosen])

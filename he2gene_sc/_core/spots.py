@@ -326,8 +326,8 @@ def read_spots(
     unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
     if unnamed and max(len(named_samples), len(tables)) > 1:
         warnings.warn(
-            f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one of {len(named_samples)} samples; remove its spots, or "
-            "name the samples, if it stands for several samples or for one of the others",
+            f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one of {len(named_samples)} samples. If it stands for "
+            "several samples, or for one of the others, name them or remove its spots",
             stacklevel=3,
         )
     places = all("spatial" in table.obsm for table in tables)

@@ -47,8 +47,8 @@ class Fingerprint:
     def is_same(self, other: Fingerprint) -> bool:
         """Whether no file was changed or replaced.
 
-        A file was replaced, though its time was set back, if its time of change is new, and so is its inode or the time of
-        its folder. Permissions and hard links alter only the first; network and temporary files only the others.
+        A file counts as replaced if its time of change is new, and so is its inode or the time of its folder, even if its own
+        time was set back. Permissions and hard links alter only the first; network and temporary files only the others.
         """
         return self.facts == other.facts and (self.places == other.places or self.change_times == other.change_times)
 

@@ -14,6 +14,8 @@ import numpy as np
 _SLACK = 1e-3
 #: Least side of a window in pixels.
 MIN_PX = 8
+#: Largest side of a window in µm: a metre.
+_MAX_UM = 1e6
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def check_windows(windows_um: Any) -> tuple[float, ...]:
     listed = isinstance(windows_um, Collection) and not isinstance(windows_um, str | bytes | Set | Mapping)
     sides = list(windows_um) if listed and getattr(windows_um, "ndim", 1) == 1 else []
     if not sides or not all(
-        isinstance(um, Real) and not isinstance(um, bool) and 0 < float(um) < math.inf for um in sides
+        isinstance(um, Real) and not isinstance(um, bool) and 0 < float(um) <= _MAX_UM for um in sides
     ):
-        raise ValueError(f"`windows_um` is {windows_um!r}; a list of sides in µm, finite and above 0, is needed")
+        raise ValueError(
+            f"`windows_um` is {windows_um!r}; a list of sides in µm, above 0 and up to {_MAX_UM:,.0f}, is needed"
+        )
     return tuple(float(um) for um in sides)

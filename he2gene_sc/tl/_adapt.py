@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 #: Warn if this share of the other spots, and at least this number, is not represented by measured spots.
 _UNREPRESENTED_SHARE, _MIN_UNREPRESENTED = 0.1, 5
 _GUARANTEE = (
-    "Cross-validated residuals of measured spots, ranks corrected for their number: intervals made of them cover, on "
-    "average over the unmeasured spots of this slide, about the nominal share (at least 1 - 2 alpha where 1 - alpha is "
-    "nominal, as for cross-conformal intervals) if the measured spots were drawn at random; none otherwise, and none "
-    "for a single spot or another slide."
+    "Cross-validated residuals of measured spots, ranks corrected for their number. If the measured spots were drawn at random, "
+    "intervals made of them cover about the nominal share on average over the unmeasured spots of this slide (at least 1 - 2 alpha "
+    "where 1 - alpha is nominal, as for cross-conformal intervals). There is no guarantee for a single spot, for another slide, or if "
+    "spots were chosen otherwise."
 )
 
 
@@ -52,8 +52,8 @@ def adapt(
 
     A gene gets a convex combination of candidates: the mean of the measured spots; their interpolation; and the prediction with
     corrected level, alone or with one of three terms added (kriged residuals of the measured spots, the kriged part of the residuals
-    that all genes share, a ridge regression of the residuals on the embedding). Weights are learned in cross-validation. Those of a gene
-    are shrunk to those of 250 genes with similar mean, and the whole to the prediction by the part that may be chance. A spot is
+    that all genes share, a ridge regression of the residuals on the embedding). Weights are learned in cross-validation, and those
+    of a gene are shrunk to those of 250 genes with similar mean. The whole correction is shrunk by the part that may be chance. A spot is
     corrected as far as measured spots represent it: by distance, by its embedding and predicted expression, and by its predicted
     class. Other spots keep their prediction. Each section is adapted separately.
 

@@ -133,7 +133,7 @@ def _check_windows(slide: Slide, model: HE2Gene) -> None:
         least, most = 2 * smallest / shortest, smallest / MIN_PX
         cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
         raise ValueError(
-            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}a window of {smallest:g} µm, the size of a spot, would be "
+            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}the smallest window ({smallest:g} µm) would be "
             f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; valid are {MIN_PX} to {shortest // 2} px, "
             f"that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of higher resolution, or check `mpp`"
         )

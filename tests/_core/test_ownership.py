@@ -471,6 +471,7 @@ def test_verbs_leave_everything_unchanged_if_their_warnings_are_errors(predicted
         ([np.nan, *range(29)], "floating"),
         ([1, *map(str, range(29))], "mixed"),
         (pd.date_range("2020", periods=30), "datetime"),
+        (pd.Index(np.arange(30, dtype=np.uint64) + 2**63), "too large"),
         (pd.MultiIndex.from_product([range(5), range(6)]), "mixed"),
         ([(i, 0) for i in range(30)], "mixed"),
     ],

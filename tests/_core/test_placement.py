@@ -122,6 +122,17 @@ def test_swapped_and_mirrored_spots_are_warned_of_with_a_call_that_corrects_them
     assert warnings_of(sdata) == []
 
 
+@pytest.mark.parametrize("missing", [np.nan, np.inf, pd.NA, "NA"])
+def test_a_spot_without_array_position_does_not_hide_swapped_spots(missing):
+    sdata = section()
+    place(sdata, [[0, 1, 0], [1, 0, 0]])
+    column = sdata["table"].obs["array_row"].astype(object)
+    column.iloc[3] = missing
+    sdata["table"].obs["array_row"] = column.astype("Int64") if missing is pd.NA else column
+    (message,) = warnings_of(sdata)
+    assert "x and y of the spots look swapped" in message
+
+
 def test_swapped_spots_off_the_tissue_are_warned_of_without_array_positions():
     sdata = section(array=False)
     place(sdata, [[0, 1, 0], [1, 0, 0]])

@@ -68,6 +68,20 @@ def test_names_that_differ_in_blanks_dashes_or_leading_zeros_are_refused(first, 
         names_of(table_of(label=[first, "x", first, second]), "label", "sample_key")
 
 
+@pytest.mark.parametrize(("first", "second"), [("P1", "P-1"), ("P_1", "P1"), ("P-1", "P 1"), ("a_b2", "ab2")])
+def test_samples_that_differ_in_dashes_or_underscores_are_refused(first, second):
+    table = table_of(label=[first, "x", first, second])
+    with pytest.raises(ValueError, match="differ only in dashes, underscores, blanks or case; spell them alike"):
+        names_of(table, "label", "sample_key", what="samples")
+    # Labels may: HER2- is not HER2.
+    assert len(set(names_of(table, "label", "groupby"))) > 2 or " " in second
+
+
+def test_numbers_that_are_joined_differently_are_other_samples():
+    for pair in (("P1-1", "P11"), ("1_2", "12"), ("S1-2", "S1_2x")):
+        assert set(names_of(table_of(label=[*pair, *pair]), "label", "sample_key", what="samples")) == set(pair)
+
+
 @pytest.mark.parametrize(
     ("first", "second"), [("C1 1", "C11"), ("1.05", "1.5"), ("0,05", "0,5"), ("P10", "P1"), ("+", "-")]
 )
