@@ -128,15 +128,6 @@ def _centres(table: AnnData) -> np.ndarray:
     return xy[:, :2]
 
 
-def pitch_of(xy: np.ndarray) -> float:
-    """Return the median distance to the nearest spot, in the unit of ``xy`` ``(n, 2)``."""
-    from scipy.spatial import cKDTree
-
-    if len(xy) < 2:
-        raise ValueError(f"{len(xy)} spots do not have a distance; at least 2 spots are needed")
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
-
-
 @dataclass(frozen=True)
 class SpotData:
     """Spots of one or several tables, in their order. Values are read on request, by blocks."""
