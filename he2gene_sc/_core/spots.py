@@ -90,7 +90,13 @@ def unique_section_names(sections: np.ndarray, samples: np.ndarray) -> np.ndarra
     frame = pd.DataFrame({"sample": samples, "section": sections})
     if frame.groupby("section")["sample"].nunique().max() < 2:
         return sections
-    return samples if frame["section"].nunique() == 1 else samples + "_" + sections
+    if frame["section"].nunique() == 1:
+        return samples
+    names = samples + "_" + sections
+    if len(set(names)) == len(frame.drop_duplicates()):
+        return names
+    # Sample "a" with section "b_c", and sample "a_b" with section "c".
+    return np.array([f"{section!r} of {sample!r}" for sample, section in zip(samples, sections, strict=True)], object)
 
 
 def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
