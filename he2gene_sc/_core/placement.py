@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..image import MIN_TISSUE
+from ..stats import pitch_of
 from .images import darkness_at, subsample
 from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
-from .spots import pitch_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..image import PatchReader, Pyramid
+from ..stats import pitch_of
 from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .hints import STATE_MPP, use_mpp_hint
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
@@ -18,7 +19,6 @@ from .logs import logger
 from .mpp import check_mpp, length_scale, resolve_mpp, transform_points
 from .names import annotation_target, as_list
 from .predictions import prediction_of
-from .spots import pitch_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -90,7 +90,13 @@ def unique_section_names(sections: np.ndarray, samples: np.ndarray) -> np.ndarra
     frame = pd.DataFrame({"sample": samples, "section": sections})
     if frame.groupby("section")["sample"].nunique().max() < 2:
         return sections
-    return samples if frame["section"].nunique() == 1 else samples + "_" + sections
+    if frame["section"].nunique() == 1:
+        return samples
+    names = samples + "_" + sections
+    if len(set(names)) == len(frame.drop_duplicates()):
+        return names
+    # Sample "a" with section "b_c", and sample "a_b" with section "c".
+    return np.array([f"{section!r} of {sample!r}" for sample, section in zip(samples, sections, strict=True)], object)
 
 
 def sections_of(table: AnnData, section_key: str = SECTION) -> np.ndarray:
@@ -126,15 +132,6 @@ def _centres(table: AnnData) -> np.ndarray:
     if xy.ndim != 2 or xy.shape[1] < 2:
         raise ValueError(f"obsm['spatial'] has shape {xy.shape}; a row (x, y) for each spot is needed")
     return xy[:, :2]
-
-
-def pitch_of(xy: np.ndarray) -> float:
-    """Return the median distance to the nearest spot, in the unit of ``xy`` ``(n, 2)``."""
-    from scipy.spatial import cKDTree
-
-    if len(xy) < 2:
-        raise ValueError(f"{len(xy)} spots do not have a distance; at least 2 spots are needed")
-    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
 
 
 @dataclass(frozen=True)

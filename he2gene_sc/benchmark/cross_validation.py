@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from .._core.matrix import dense, matrix_of
 from ..tl._train.options import PRESETS, WINDOWS_UM, Classes, DefaultRecipe, GeneSelection, TrainingKeys
 
@@ -91,8 +92,7 @@ def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
     """Return the training and held-out sections of each fold; folds hold out whole sections or whole patients."""
     from ..training import grouped_folds
 
-    if unit not in UNITS:
-        raise ValueError(f"`folds` is {unit!r}, valid: {list(UNITS)}")
+    validate.one_of(unit, UNITS, "folds")
     names = list(source.patients)
     patients = list(dict.fromkeys(source.patients.values()))
     codes = np.array([patients.index(source.patients[name]) for name in names])
@@ -305,10 +305,8 @@ def _predict_sections(
         panel = np.where(columns >= 0, values[:, columns], fold.mean)
         reliable = np.flatnonzero(model.genes.loc[made.var_names, "reliable"].to_numpy(bool))
         columns_of_section = read[section.name].genes.get_indexer(made.var_names[reliable])
-        measured = np.zeros((len(rows), len(reliable)), np.float32)
-        measured[:, columns_of_section >= 0] = log_normalise(read[section.name].counts)[
-            :, columns_of_section[columns_of_section >= 0]
-        ]
+        logs = log_normalise(read[section.name].counts)[:, columns_of_section]
+        measured = np.where(columns_of_section >= 0, logs, 0)
         found.append(Prediction(panel, (measured, values[:, reliable]) if len(reliable) else None))
         del sdata, made
     return found
@@ -318,9 +316,7 @@ def _ceiling(measured: MeasuredSection, genes: pd.Index) -> np.ndarray:
     from ..stats import noise_ceiling
 
     columns = measured.genes.get_indexer(genes)
-    ceiling = np.zeros(len(genes))
-    ceiling[columns >= 0] = np.nan_to_num(noise_ceiling(measured.counts, genes=columns[columns >= 0]))
-    return ceiling
+    return np.where(columns >= 0, np.nan_to_num(noise_ceiling(measured.counts, genes=columns)), 0)
 
 
 def _score(

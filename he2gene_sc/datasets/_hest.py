@@ -20,8 +20,8 @@ from .._core.expression import summarize_values
 from .._core.keys import IMAGE
 from .._core.logs import logger
 from .._core.matrix import matrix_of
-from .._core.spots import pitch_of
 from ..io._text import check_once, read_table
+from ..stats import pitch_of
 from ._sections import LazySections, add_symbols, check_inside, select_mask
 
 if TYPE_CHECKING:

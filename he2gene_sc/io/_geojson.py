@@ -24,7 +24,8 @@ from .._core.ownership import check_free, unchanged_keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.results import write_result
 from .._core.slide import slides_of
-from .._core.spots import get_table, pitch_of, sections_of, spots_of
+from .._core.spots import get_table, sections_of, spots_of
+from ..stats import pitch_of
 from ._files import check_new_file, put_file
 from ._geojson_content import check_crs, class_name, classification_of, other_unit, rgb_of, text_of
 

@@ -22,8 +22,9 @@ from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
 from .._core.slide import Slide, recorded_slide
-from .._core.spots import SECTION, pitch_of, sections_of, spots_of
+from .._core.spots import SECTION, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
+from ..stats import pitch_of
 
 if TYPE_CHECKING:
     from anndata import AnnData

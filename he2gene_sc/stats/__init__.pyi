@@ -54,7 +54,7 @@ from ._pseudobulk import (
 )
 from ._set_scores import SetScores, set_ceiling
 from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
-from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, ssim_on_grid
+from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, pitch_of, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 
 __all__ = [
@@ -109,6 +109,7 @@ __all__ = [
     "paired_moderated_t",
     "pas",
     "pearson",
+    "pitch_of",
     "prediction_powered_mean",
     "predictive_t",
     "ranking_agreement",

@@ -56,9 +56,8 @@ def _fit(y: np.ndarray, design: np.ndarray, codes: np.ndarray, group: np.ndarray
     start = MixedLMParams.from_components(
         fe_params=np.zeros(design.shape[1]), cov_re=np.array([[_ratio(rest, codes, group)]])
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(action="ignore"):
         # statsmodels warns of a variance of 0 between samples, but it is a valid estimate.
-        warnings.simplefilter("ignore")
         try:
             fit = model.fit(reml=True, method="lbfgs", start_params=start)
         except np.linalg.LinAlgError:

@@ -229,8 +229,8 @@ def paired_moderated_t(
         if robust and d0 > 0:
             prior = hypervariable_prior(variances, df, scale, d0, reliable)
     floor = np.zeros(len(effect))
-    if least is not None and weights is not None:
-        shares = weights / np.maximum(weights.max(0), 1e-300)
+    if least is not None:
+        shares = np.ones((n, 1)) if weights is None else weights / np.maximum(weights.max(0), 1e-300)
         floor = (shares * np.where(shares > 0, least, 0)).sum(0) / np.maximum((shares > 0).sum(0), 1)
     return predictive_t(effect, unscaled, variances, df, prior, level=level, minimum=minimum, least=floor)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.spatial import cKDTree
 
+from ._spatial_metrics import pitch_of
+
 #: Largest distance, in pitches, between a shifted spot and the spot that it is matched to: tolerates a lattice that is skewed by
 #: 10 %, but not a shift by half a step.
 _MAX_DISTANCE = 0.6
@@ -17,6 +19,8 @@ _MAX_DISTANCE = 0.6
 MIN_OVERLAP = 0.7
 #: Number of spots to test a shift first, and tolerance of the overlap: an admissible shift is rejected with probability 10⁻¹¹.
 _PROBES, _SLACK = 250, 0.2
+#: Spots times shifts of a block in the test.
+_BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def admissible_shifts(
         raise ValueError(f"`xy` is {xy.shape}, (n, 2) with at least 2 spots is needed")
     if not 0 < min_overlap <= 1:
         raise ValueError(f"`min_overlap` is {min_overlap}, it must be above 0 and at most 1")
-    xy = xy / np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
+    xy = xy / pitch_of(xy)
     tree = cKDTree(xy)
     centre = xy[tree.query(xy.mean(0))[1]]
     vectors = _drop_close(np.vstack([xy - centre, centre - xy]))
@@ -131,11 +135,11 @@ def shift_test(domains: Sequence[np.ndarray], clusterings: Sequence[np.ndarray],
     return ShiftTest(observed, null, (not_below + 1) / (m + 1) if m else float("nan"))
 
 
-def _rand_index(domains: np.ndarray, clusters: np.ndarray, shifts: np.ndarray, block: int = 4_000_000) -> np.ndarray:
+def _rand_index(domains: np.ndarray, clusters: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     """Compare clusters and moved domains by the adjusted Rand index (Hubert & Arabie 1985), for every shift."""
     n_domains, n_clusters = domains.max() + 1, clusters.max() + 1
     cells = n_domains * n_clusters
-    step = max(1, block // len(domains))
+    step = max(1, _BLOCK // len(domains))
     tables = []
     for start in range(0, len(shifts), step):
         part = shifts[start : start + step]

@@ -14,11 +14,20 @@ NEIGHBOUR_PITCHES = 1.6
 _K1, _K2, _WINDOW = 0.01, 0.03, 7
 
 
-def neighbour_weights(xy: np.ndarray, pitch: float) -> scipy.sparse.csr_array:
-    """Weights ``(n, n)`` of neighbours up to 1.6 pitches away: equal, with row sums of 1, or 0 without neighbours."""
+def pitch_of(xy: np.ndarray) -> float:
+    """Return the median distance to the nearest spot, in the unit of ``xy`` ``(n, 2)``."""
     from scipy.spatial import cKDTree
 
-    pairs = cKDTree(xy).query_pairs(NEIGHBOUR_PITCHES * pitch, output_type="ndarray")
+    if len(xy) < 2:
+        raise ValueError(f"{len(xy)} spots do not have a distance; at least 2 spots are needed")
+    return float(np.median(cKDTree(xy).query(xy, k=2)[0][:, 1]))
+
+
+def neighbour_weights(xy: np.ndarray, pitch: float, radius: float = NEIGHBOUR_PITCHES) -> scipy.sparse.csr_array:
+    """Weights ``(n, n)`` of neighbours up to ``radius`` pitches away: equal, with row sums of 1, or 0 without neighbours."""
+    from scipy.spatial import cKDTree
+
+    pairs = cKDTree(xy).query_pairs(radius * pitch, output_type="ndarray")
     i, j = np.concatenate([pairs, pairs[:, ::-1]]).T
     n_neighbours = np.bincount(i, minlength=len(xy))
     return scipy.sparse.csr_array((1.0 / n_neighbours[i], (i, j)), shape=(len(xy), len(xy)))
@@ -40,7 +49,7 @@ def moran(values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmat
 def ceiling_of_neighbours(
     values: np.ndarray, weights: scipy.sparse.sparray | scipy.sparse.spmatrix, depth: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:
-    """Lower bound ``(g,)`` of the noise ceiling, and the value that a gene without a pattern rarely exceeds (two errors of Moran's I).
+    """Lower bound of the noise ceiling ``(g,)``, and its value for a gene without spatial pattern (two standard errors).
 
     Moran's I, minus its expectation without a pattern, is approximately the share of variance that neighbours have in common;
     its root is the correlation that a prediction of this part reaches. The mean of log-normalised counts depends on the log

@@ -13,8 +13,8 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import find_genes
-from .._core.spots import SpotData, pitch_of, spots_of
-from ..stats import neighbour_weights, pearson
+from .._core.spots import SpotData, spots_of
+from ..stats import neighbour_weights, pearson, pitch_of
 from ..stats._baselines import position
 from ..training._predictability import bounds, mean_by_patient
 from ._biomarkers.reference_fields import COLOUR, COORDINATES, DEPTH, fields

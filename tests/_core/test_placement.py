@@ -14,7 +14,7 @@ from spatialdata.transformations import Affine, Identity, Scale, Translation, se
 import he2gene_sc as hg
 from he2gene_sc._core.placement import check_on_tissue, check_placement
 from he2gene_sc._core.slide import resolve
-from he2gene_sc._core.spots import pitch_of
+from he2gene_sc.stats import pitch_of
 
 PITCH, SIDE = 40.0, 800
 

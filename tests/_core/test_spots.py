@@ -204,6 +204,9 @@ def test_a_table_without_patients_is_one_patient_and_section_names_are_unique_by
         "q_s",
     ]
     assert unique_section_names(both, patients) is both
+    # "a" with "b_c" and "a_b" with "c" would both be "a_b_c".
+    sections, patients = np.array(["b_c", "c", "c"], object), np.array(["a", "a_b", "a"], object)
+    assert len(set(unique_section_names(sections, patients))) == 3
 
 
 def test_sums_with_weights_leave_out_spots_without_a_code(monkeypatch):

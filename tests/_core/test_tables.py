@@ -10,7 +10,8 @@ from he2gene_sc._core.matrix import values_of
 from he2gene_sc._core.names import names_of
 from he2gene_sc._core.ownership import check_free
 from he2gene_sc._core.results import write_result
-from he2gene_sc._core.spots import get_table, pitch_of, sections_of, spots_of
+from he2gene_sc._core.spots import get_table, sections_of, spots_of
+from he2gene_sc.stats import pitch_of
 
 
 @pytest.fixture

@@ -241,11 +241,7 @@ def slopes(genes=400, spots=60):
                     warnings.simplefilter("always")
                     result = hg.tl.biomarkers(tables, "label", **options)
                 low.append(f"{(result['pvals'] < 0.05).mean():.1%}")
-                said = (
-                    [str(w.message) for w in caught if "of what this slope predicts" in str(w.message)]
-                    if depth
-                    else said
-                )
+                said = [str(w.message) for w in caught if "depth predicts a" in str(w.message)] if depth else said
             print(f"| {share:.0%} | {n} | {low[0]} | {low[1]} | {'yes' if said else 'no'} |", flush=True)
 
 

@@ -401,7 +401,7 @@ def depth(genes, names):
                         layer, "label", groups="True", layer="guess", layer_scale="log", method="spatial", design=design
                     )
                 pvalues = hg.get.biomarkers(layer)["pvals"].to_numpy()
-                said = any("of what this slope predicts" in str(warning.message) for warning in caught)
+                said = any("depth predicts a" in str(warning.message) for warning in caught)
                 row += [f"{share(pvalues).strip()} ({lowest(pvalues)}){', warned of' if said else ''}"]
             print(f"| {name} | {case} | {' | '.join(row)} |", flush=True)
 

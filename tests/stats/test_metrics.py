@@ -102,6 +102,7 @@ def test_moran_equals_squidpy_on_the_same_graph():
 def test_neighbours_are_eight_on_a_square_and_six_on_a_hexagonal_lattice():
     xy, rows, _ = lattice()
     assert np.median(np.diff(neighbour_weights(xy, 100.0).indptr)) == 8
+    assert np.median(np.diff(neighbour_weights(xy, 100.0, 1.1).indptr)) == 4
     hexagonal = xy * [1, 0.866] + np.column_stack([rows % 2 * 50.0, 0 * rows])
     assert np.median(np.diff(neighbour_weights(hexagonal, 100.0).indptr)) == 6
 

@@ -164,6 +164,14 @@ def test_invalid_variances_raise(alike):
         paired_moderated_t(np.ones((3, 4)), alike=alike)
 
 
+def test_lower_bounds_of_variances_count_without_weights_too():
+    d = np.random.default_rng(11).normal(size=(5, 30))
+    least = np.linspace(5, 50, 30) * np.ones((5, 1))
+    test, even = (paired_moderated_t(d, weights=weights, least=least) for weights in (None, np.ones((5, 30))))
+    np.testing.assert_array_equal(test.pvalues, even.pvalues)
+    np.testing.assert_allclose(test.scores, d.mean(0) / np.sqrt(least[0] / 5))
+
+
 def test_one_sample_raises():
     with pytest.raises(ValueError, match="1 samples"):
         paired_moderated_t(np.zeros((1, 3)))
@@ -228,8 +236,7 @@ def test_mixed_model_error_is_by_generalised_least_squares_if_the_hessian_fails(
     sample = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5, 6, 7])
     group = np.array([True, False, True, False, True, False, False, True, False, True, False])
     values = 6 * group[:, None] + rng.standard_normal((len(group), 150))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         test = mixed_model(values, group, sample)
     assert np.isfinite(test.pvalues).all()
     assert test.pvalues.max() < 0.05

@@ -274,7 +274,7 @@ def test_genes_rarely_detected_in_a_small_group_are_not_tested(caplog):
         in caplog.text
     )
     table.X[:, 30:] = table.X[:, :30]
-    with pytest.raises(ValueError, match="is expected to be detected in 3 of the 5 spots"):
+    with pytest.raises(ValueError, match="smaller of 'few' and 'rest' has 5 spots; no gene .* detected in 3 of them"):
         markers(table, layer=None, groups="few", method="spatial")
     table.obs.iloc[:100, table.obs.columns.get_loc("label")] = "third"
     table.obs.iloc[:5, table.obs.columns.get_loc("label")] = "few"
@@ -298,8 +298,25 @@ def test_mixed_model_uses_covariates():
         markers(tables, depth="depth", method="wilcoxon")
     with pytest.raises(ValueError, match="`covariates` 'no' is not a column"):
         markers(tables, method="mixed", covariates="no")
-    with pytest.raises(ValueError, match="several values within sample"):
+    with pytest.raises(ValueError, match="combination of the others and the group"):
         markers(tables, method="mixed", covariates="label")
+
+
+def test_mixed_model_takes_a_label_of_each_sample_and_group_and_reads_only_tested_spots():
+    tables = patients(5, genes=12, labels=("tumour", "stroma", "fat"))
+    for i, table in enumerate(tables):
+        label = table.obs["label"]
+        table.obs["code"] = np.select([label == "tumour", label == "stroma"], [i % 2, i // 2 % 2], np.nan)
+        table.obs["batch"] = table.obs["code"].map({0: "a", 1: "b"})
+    options = {"method": "mixed", "groups": "tumour", "reference": "stroma"}
+    pd.testing.assert_frame_equal(
+        markers(tables, covariates="batch", **options), markers(tables, covariates="code", **options)
+    )
+    tables[0].obs.loc[tables[0].obs_names[0], "batch"] = "b"
+    with pytest.raises(
+        ValueError, match="'batch' has several values within sample 'P0'; .* one label per sample and group"
+    ):
+        markers(tables, covariates="batch", **options)
 
 
 def test_wilcoxon_equals_scanpy_and_is_called_naive():
@@ -387,8 +404,7 @@ def test_labels_of_the_same_model_are_marked_circular(copied):
     with pytest.warns(UserWarning, match="share its errors"):
         result = markers(tables, key, layer="he2gene")
     assert result["circular"].all()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(action="error", category=UserWarning):
         assert not markers(tables, key, layer=None)["circular"].any()
 
 
@@ -434,8 +450,7 @@ def test_labels_that_follow_from_predicted_labels_are_circular(change, circular)
     for table in tables:
         as_predicted(table, annotation=table.obs["label"])
         table.obs["mine"] = change(table.obs["label"].astype(str))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         result = markers(tables, "mine", layer="he2gene")
     assert (result["circular"] == circular).all()
     assert any("follows level by level from obs['he2gene_annotation']" in str(w.message) for w in caught) == circular
@@ -473,8 +488,7 @@ def test_clusters_of_the_tested_values_are_circular():
         ("pathologist", "he2gene"): False,
     }
     for (key, layer), circular in cases.items():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True, action="always") as caught:
             markers(table, key, layer=layer, method="wilcoxon")
         assert (hg.get.biomarkers(table)["circular"] == circular).all(), (key, layer)
         assert any("is marked circular" in str(w.message) for w in caught) == circular
@@ -487,8 +501,7 @@ def test_cross_fitted_labels_are_not_circular():
     for table in tables:
         # Measured genes that are not tested determine the labels.
         table.X[:, 40:50] += 15 * (table.obs["label"] == "tumour").to_numpy()[:, None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(action="error", category=UserWarning):
         # The markers are a third of the counts of these few genes, so depth would act as a marker.
         warnings.filterwarnings("ignore", message=".*depth of the spots")
         result = markers(tables, "he2gene_annotation", layer="he2gene", cross_fit=True, depth=None)
@@ -1026,6 +1039,32 @@ def test_sections_that_were_not_measured_are_not_zeros_in_ppi():
         markers(tables, layer="he2gene", method="ppi")
 
 
+def test_concordance_of_groups_without_a_gene_that_both_tests_rank_raises_or_leaves_them_out():
+    tables = [as_predicted(patient(i, labels=("tumour", "stroma", "fat"), n=48)) for i in range(2)]
+    for table in tables:
+        table.layers["he2gene"] = table.layers["he2gene"].copy()
+        table.layers["he2gene"][(table.obs["label"] != "fat").to_numpy()] = 2.5
+    with pytest.warns(UserWarning, match="no gene has a p-value both .* in 'tumour'; these groups are left out"):
+        found = hg.tl.concordance(tables, "label", reference="stroma", method="wilcoxon", k=())
+    assert set(found["group"]) == {"fat"}
+    for table in tables:
+        table.layers["he2gene"][:] = 2.5
+    with pytest.raises(ValueError, match="`layer` 'he2gene': no gene has a p-value both .* in 'fat', 'tumour'; name"):
+        hg.tl.concordance(tables, "label", reference="stroma", method="wilcoxon", k=())
+
+
+def test_concordance_takes_depth_from_the_measured_counts_or_says_that_it_is_unknown():
+    expected = hg.tl.concordance(_both(), "label", k=())
+    tables = _both()
+    for table in tables:
+        table.layers["counts"], table.X = table.X, table.layers["log"].copy()
+        table.layers["measured"] = hg.stats.log_normalise(table.layers["counts"])
+    found = hg.tl.concordance(tables, "label", measured="counts", measured_scale="counts", k=())
+    pd.testing.assert_frame_equal(found, expected)
+    with pytest.warns(UserWarning, match="not adjusted for the depth of the spots.* raw counts of every spot into X$"):
+        hg.tl.concordance(tables, "label", measured="measured", k=())
+
+
 def test_concordance_survives_zarr_and_can_be_plotted(tmp_path):
     tables = _both()
     table = hg.tl.concordance(tables, "label")
@@ -1132,8 +1171,13 @@ def test_enrichment_raises_for_invalid_arguments():
         hg.tl.enrichment(tables, net[["source"]])
     with pytest.raises(ValueError, match="`net`: file .* does not exist"):
         hg.tl.enrichment(tables, "no.gmt")
-    with pytest.raises(ValueError, match="`method` 'no' is not a method of decoupler"):
-        hg.tl.enrichment(tables, net, method="no")
+    for method in ("no", "consensus", "decouple", "show"):
+        with pytest.raises(ValueError, match=f"`method` '{method}' is not a method of decoupler, valid: .*'ulm'"):
+            hg.tl.enrichment(tables, net, method=method)
+    with pytest.raises(ValueError, match=r"`group` is empty; name some of \['stroma', 'tumour'\], or None for all"):
+        hg.tl.enrichment(tables, net, group=[])
+    with pytest.raises(ValueError, match="`data`: the biomarkers have no row with a group"):
+        hg.tl.enrichment(hg.get.biomarkers(tables).head(0), net)
     with pytest.raises(ValueError, match="`statistic`"):
         hg.tl.enrichment(tables, net, statistic="no")
 
@@ -1203,8 +1247,7 @@ def test_the_error_rate_without_planted_genes_is_the_level(method):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["trend", "one prior"])
 def eight_patients(request, her2st):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         tables = [her2st(name)["table"].copy() for name in ("A1", "B1", "C1", "D1", "E1", "F1", "G2", "H1")]
     found_in = markers(
         tables,

@@ -267,15 +267,15 @@ def test_a_warning_if_about_half_of_the_genes_change_in_one_direction():
     assert (null["pvals"] < 0.05).mean() < 0.12
     # With 60 % changed genes, the unchanged ones cannot be identified.
     with pytest.warns(
-        UserWarning, match=r"are estimated without \d+% of the genes, which are lower in the group .* spike-ins"
+        UserWarning, match=r"library sizes ignore \d+% of the genes, which are lower in the group\. .* spike-ins"
     ):
         result = markers([counted(i, genes=100, planted=60, shift=1.5, deeper=1.0) for i in range(4)])
     assert result.drop([f"g{i}" for i in range(60)], errors="ignore")["effect_size"].median() < -1
     tables = [counted(i, genes=100, planted=50, shift=1.5, deeper=1.0) for i in range(4)]
-    with pytest.warns(UserWarning, match=r"are estimated without \d+% of the genes"):
+    with pytest.warns(UserWarning, match=r"library sizes ignore \d+% of the genes"):
         markers(tables)
     (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
-    assert "are estimated without" in doubt
+    assert "library sizes ignore" in doubt
 
 
 def _with_depth(i, between, genes=150):
@@ -296,15 +296,15 @@ def test_a_warning_if_groups_do_not_follow_the_adjustment_for_depth(method):
     options = {"layer": "guess", "method": method}
     tables = [_with_depth(i, 0.0, 150 if method == "means" else 8) for i in range(4)]
     with pytest.warns(
-        UserWarning, match=r"is only \d+% of what this slope predicts: .* design=hg.Design\(depth=None\)"
+        UserWarning, match=r"depth predicts a larger difference .* \d+%\)\. .* design=hg.Design\(depth=None\)"
     ):
         assert (markers(tables, **options)["pvals"] < 0.05).mean() > 0.3
     (doubt,) = tables[0].uns["he2gene_biomarkers"]["params"]["doubts"]
-    assert doubt.startswith("'a': the adjustment for depth")
+    assert doubt.startswith("'a': within groups, depth predicts")
     assert (markers(tables, **options, depth=None)["pvals"] < 0.05).mean() < 0.15
     if method == "means":
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="the adjustment for depth")
+            warnings.filterwarnings("error", message=".*depth predicts")
             result = markers([_with_depth(i, 1.0) for i in range(4)], **options)
             assert (result["pvals"] < 0.05).mean() < 0.1
             # Slopes due to noise have no effect and give no warning.
@@ -316,10 +316,17 @@ def test_a_warning_if_groups_do_not_follow_the_adjustment_for_depth(method):
 
 def test_a_warning_if_groups_follow_depth_more_than_the_spots():
     with pytest.warns(
-        UserWarning, match=r"groups is \d{3}% of what this slope predicts: .* mean over neighbouring spots"
+        UserWarning, match=r"depth predicts a smaller difference .* \d{3}%\)\. .* mean over neighbouring spots"
     ):
         result = markers([_with_depth(i, 2.0) for i in range(4)], layer="guess", method="means")
     assert (result["pvals"] < 0.05).mean() > 0.3
+
+
+def test_concordance_warns_once_of_a_prediction_whose_groups_do_not_follow_the_adjustment_for_depth():
+    tables = [_with_depth(i, 0.0) for i in range(4)]
+    with pytest.warns(UserWarning, match="`layer` 'guess', 'a': within groups, depth predicts a larger") as caught:
+        hg.tl.concordance(tables, "label", groups="a", layer="guess", k=())
+    assert sum("depth predicts" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_warning_about_several_groups_has_the_remedy_of_each():
@@ -332,10 +339,9 @@ def test_a_warning_about_several_groups_has_the_remedy_of_each():
 def test_one_section_is_checked_for_depth_that_the_groups_do_not_follow(between, low, high):
     table = _with_depth(0, between)
     table.obsm["spatial"] = np.random.default_rng(4).permutation(np.argwhere(np.ones((5, 13)))).astype(float)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True, action="always") as caught:
         result = biomarkers([table], "label", groups="a", layer="guess", method="spatial")
-    said = [str(warning.message) for warning in caught if "of what this slope predicts" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "depth predicts a" in str(warning.message)]
     doubts = table.uns["he2gene_biomarkers"]["params"].get("doubts")
     wrong = (result["pvals"] < 0.05).mean()
     if low is None:
@@ -344,7 +350,7 @@ def test_one_section_is_checked_for_depth_that_the_groups_do_not_follow(between,
         assert wrong < 0.07
     else:
         assert len(said) == len(doubts) == 1
-        assert low <= int(re.search(r"(\d+)% of what", said[0])[1]) <= high
+        assert low <= int(re.search(r"predicted: (\d+)%", said[0])[1]) <= high
         assert wrong > 0.3
 
 
@@ -468,8 +474,7 @@ def test_one_section_is_adjusted_for_depth_and_covariates():
     table.obs["log_total"] = np.log(table.X.sum(1))
     results = []
     for options in ({}, {"depth": None, "covariates": "log_total"}, {"depth": None}):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True, action="always") as caught:
             biomarkers(table, "label", groups="a", layer=None, method="spatial", **options)
         without = "depth" in options
         assert any("not adjusted for the depth of the spots" in str(w.message) for w in caught) == without

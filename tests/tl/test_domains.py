@@ -10,8 +10,7 @@ from sklearn import metrics
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
-from he2gene_sc._core.spots import pitch_of
-from he2gene_sc.stats import log_normalise
+from he2gene_sc.stats import log_normalise, pitch_of
 
 pytestmark = pytest.mark.slow
 
@@ -424,7 +423,9 @@ def test_patients_of_one_table_are_not_clustered_together():
 def test_positions_without_a_lattice_have_no_pvalue_and_a_warning():
     table = _table()
     table.obsm["spatial"] = np.random.default_rng(0).uniform(0, 9, table.obsm["spatial"].shape)
-    with pytest.warns(UserWarning, match="no p-value, since no shift moves 70% of the labelled spots"):
+    with pytest.warns(
+        UserWarning, match="No p-value for section .*: no shift keeps 70% of the labelled spots on other spots"
+    ):
         found = run(table)
     assert found["pval"].isna().all()
 
@@ -481,7 +482,7 @@ def _column(table, labels):
         (None, {"key_added": "a/b"}, "`key_added` 'a/b' cannot be stored"),
         (lambda t: t.uns.update(he2gene_domains=3), {}, "was not written by hg.tl.domain_preservation"),
         (lambda t: t.obsm["spatial"].__setitem__(1, t.obsm["spatial"][0]), {}, "1 spots are duplicated at the same place"),
-        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "obs_names are duplicated: 'x'"),
+        (lambda t: setattr(t, "obs_names", ["x", "x", *t.obs_names[2:]]), {}, "`data`: obs_names are duplicated: 'x'"),
         (lambda t: t.obsm.pop("spatial"), {}, "no obsm\\['spatial'\\]"),
     ],
 )  # fmt: skip

@@ -240,8 +240,8 @@ def biomarkers(
     return None if is_object(data) else results.copy()
 
 
-def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool = False) -> None:
-    messages = [NO_DEPTH] if no_depth else []
+def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool) -> None:
+    messages = [f"{NO_DEPTH}, or pass hg.Design(depth=...) with a column of total counts"] if no_depth else []
     if chosen.caution:
         messages.append(chosen.caution)
     if circular:

@@ -25,9 +25,8 @@ MIN_INFORMATION = 5.0
 #: Warning if means of logarithms are compared without adjustment for depth.
 NO_DEPTH = (
     "the test is not adjusted for the depth of the spots: if one group is sequenced deeper or has denser cells, genes differ for that "
-    "reason alone. Put raw counts of every spot into X, or pass hg.Design(depth=...) with a column of total counts"
+    "reason alone. Put raw counts of every spot into X"
 )
-_PLAIN = Design()
 
 
 def compare(
@@ -137,8 +136,8 @@ def _testable_genes(
     seen = enough & (spots * n.min() >= chosen.min_detected * n.sum())
     if not seen.any():
         return seen, (
-            f"`groups`: none of the {enough.sum()} genes above `min_mean` is expected to be detected in {chosen.min_detected} of the "
-            f"{n.min()} spots of the smaller of {group!r} and {reference!r}; more spots are needed"
+            f"`groups`: the smaller of {group!r} and {reference!r} has {n.min()} spots; no gene above `min_mean` is expected to be "
+            f"detected in {chosen.min_detected} of them. Label more spots"
         )
     if lost := int(enough.sum() - seen.sum()):
         logger.warning(
@@ -171,7 +170,7 @@ def group_names(groups: Any, reference: object) -> tuple[list[str] | None, str]:
     return groups, clean_name_argument(reference, "reference")
 
 
-def method_for(method: str, spots: SpotData, design: Design = _PLAIN) -> Method:
+def method_for(method: str, spots: SpotData, design: Design) -> Method:
     """Choose the method by the number of samples, or check the named method; check that it can use the design."""
     validate.one_of(method, ("auto", *METHODS), "method")
     n = len(set(spots.samples))

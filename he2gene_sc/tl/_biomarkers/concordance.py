@@ -23,7 +23,7 @@ from ..._core.results import write_result
 from ..._core.spots import SpotData, read_spots
 from .._paired import warn_of_training_sections
 from . import reference_fields
-from .compare import adjust_pvalues, compare, group_names, method_for
+from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
 from .design import Design
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def concordance(
     Raises
     ------
     ValueError
-        As for biomarkers; if nothing was measured; if predicted and measured are the same layer.
+        As for biomarkers; if nothing was measured; if predicted and measured are the same layer; if no gene has a p-value in both.
 
     Notes
     -----
@@ -93,7 +93,8 @@ def concordance(
     differ, the scores of all genes are above 1/2 and 0. A warning names groups without a significant measured gene.
 
     A reference has one number per spot, so all its effects in a group have the same sign. The prediction is tested like
-    biomarkers, adjusted for depth if it holds logarithms; the references are not adjusted. Colour needs objects with images.
+    biomarkers, adjusted for depth if it holds logarithms; the references are not adjusted. Depth is the total of the measured counts,
+    or of ``X`` if ``measured`` holds logarithms. Colour needs objects with images.
 
     Measured effects are noisy too, so the agreement of a perfect prediction is below 1. If the model was trained on
     these sections, the agreement is too high; a warning names them, if known.
@@ -132,20 +133,31 @@ def concordance(
         raise ValueError("`measured` holds no counts at any labelled spot; name a layer with measured counts")
     spots = spots.take(seen)
     warn_of_copied_spots(spots, known, stacklevel=3)
-    chosen = method_for(method, spots)
+    chosen = method_for(method, spots, design)
     if chosen.samples:
         check_replicates(spots, sample_key)
-    depth = depth_of(spots, "auto") if chosen.depth else None
-    run: dict[str, Any] = {"groups": groups, "reference": reference, "depth": depth}
     # Measured counts are summed; predictions have no counts, so their method may differ.
-    tested, _ = compare(known, design=design, chosen=method_for(method, known), **run)
-    with warnings.catch_warnings():
-        # The test of the measured values has already warned.
-        warnings.simplefilter("ignore", UserWarning)
+    chosen_measured = method_for(method, known, design)
+    depth = depth_of(known, "auto")
+    run: dict[str, Any] = {"groups": groups, "reference": reference, "depth": depth}
+    tested, _ = compare(known, design=design, chosen=chosen_measured, **run)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        # The test of the measured values has already named the groups that are left out.
         predicted, _ = compare(spots, design=Design(min_mean=-np.inf), chosen=chosen, **run)
-    if chosen.caution:
-        warnings.warn(chosen.caution, UserWarning, stacklevel=2)
     genes = _merge_tests(predicted, tested)
+    lost = sorted(set(tested["group"]) - set(genes["group"]))
+    nothing = f"`layer` {layer!r}: no gene has a p-value both as predicted and as measured in {validate.format_list(map(repr, lost))}"
+    if genes.empty:
+        raise ValueError(f"{nothing}; name layers that vary, or lower `min_mean`")
+    messages = [chosen.caution] if chosen.caution else []
+    if depth is None and (chosen.depth or chosen_measured.depth):
+        messages.append(NO_DEPTH)
+    if doubts := predicted.attrs["doubts"]:
+        messages.append(f"`layer` {layer!r}, {validate.format_list(doubts, 1)}")
+    if lost:
+        messages.append(f"{nothing}; these groups are left out")
+    for message in messages:
+        warnings.warn(message, UserWarning, stacklevel=2)
     genes["reliable"] = are_reliable(genes["names"], tables, layer)
     table = _scores(genes, lengths, fdr)
     none = table.loc[(table["genes"] == "all") & (table["n_significant"] == 0), "group"].tolist()
@@ -158,7 +170,8 @@ def concordance(
             stacklevel=2,
         )
     table["predictor"] = layer
-    references = list(_references(data, tables, known, layer, genes, reference, lengths, fdr))
+    fields = reference_fields.fields(data, tables, known, layer)
+    references = list(_references(known, fields, genes, reference, lengths, fdr))
     for rows in references:
         # Scores of the prediction minus those of the reference on the same genes.
         for score in _COMPARED:
@@ -183,17 +196,14 @@ def concordance(
 
 
 def _references(
-    data: SpatialData | AnnData | Iterable[SpatialData | AnnData],
-    tables: tuple[AnnData, ...],
     known: SpotData,
-    layer: str,
+    by_spot: dict[str, np.ndarray],
     genes: pd.DataFrame,
     reference: str,
     k: Sequence[int],
     fdr: float,
 ) -> Iterator[pd.DataFrame]:
     """Scores of the gene-independent references: the mean of each gene times a number of the spot."""
-    by_spot = reference_fields.fields(data, tables, known, layer)
     effects = reference_fields.effects(known, by_spot, list(dict.fromkeys(genes["group"])), reference)
     mean = genes["names"].map(reference_fields.mean_expression(known)).to_numpy(float)
     for name in effects.index:

@@ -24,11 +24,6 @@ def sum_sides(cells: np.ndarray, sides: np.ndarray) -> np.ndarray:
     return np.array([cells[:, side].sum(1) for side in sides])
 
 
-def paired_counts(cells: CountSums, sides: np.ndarray, paired: np.ndarray) -> CountSums:
-    """Sum the cells of two sides in the paired samples."""
-    return CountSums(*(sum_sides(getattr(cells, field.name), sides)[:, paired] for field in fields(cells)))
-
-
 @dataclass(frozen=True)
 class DepthCells:
     """Sums of x (log depth of a spot), x², and x times log expression, over the spots of every label in every sample."""
@@ -163,7 +158,8 @@ class Contrast:
             residual_squares = (squares - np.square(sums) / np.maximum(counts, 1)[..., None]).sum((0, 1))
             more["spot_variance"] = residual_squares / max(counts.sum() - (counts > 0).sum(), 1)
         if cells.raw is not None:
-            more["raw"] = paired_counts(cells.raw, sides, paired)
+            parts = (getattr(cells.raw, field.name) for field in fields(cells.raw))
+            more["raw"] = CountSums(*(sum_sides(part, sides)[:, paired] for part in parts))
         if cells.by_depth is not None:
             adjustment, variance, more["shift"] = cells.by_depth.effects(sides, counts, sums)
             more |= {"adjustment": adjustment[paired], "depth_variance": variance[paired]}
@@ -216,18 +212,15 @@ class Contrast:
 
     def keep(self, genes: np.ndarray) -> Contrast:
         """Keep the genes of a mask ``(g,)``."""
-        raw = self.raw
-        if raw is not None:
-            kept = {name: getattr(raw, name)[..., genes] for name in ("counts", "squares", "by_depth")}
-            raw = replace(raw, **kept)
+
+        def kept(part: Any, *names: str) -> dict[str, Any]:
+            arrays = {name: getattr(part, name) for name in names}
+            return {name: array[..., genes] for name, array in arrays.items() if array is not None}
+
         return replace(
             self,
             genes=self.genes[genes],
-            means=self.means[..., genes],
-            pooled_means=self.pooled_means[:, genes],
-            spot_variance=None if self.spot_variance is None else self.spot_variance[genes],
             measured=None if self.measured is None else self.measured.keep(genes),
-            raw=raw,
-            adjustment=None if self.adjustment is None else self.adjustment[:, genes],
-            shift=None if self.shift is None else self.shift[..., genes],
+            raw=None if self.raw is None else replace(self.raw, **kept(self.raw, "counts", "squares", "by_depth")),
+            **kept(self, "means", "pooled_means", "spot_variance", "adjustment", "shift"),
         )

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from ... import stats
+from ...stats._accuracy import column_blocks
 from .contrast import Contrast, DepthCells
 
 #: Share of the depth adjustment that the groups show below or above which it is doubtful, and size of its wrong part (its square over
@@ -42,9 +43,8 @@ def doubt_over_parts(
     x = log_depth[kept] - log_depth[kept].mean()
     ones_and_x, rows = np.append(np.ones(len(x)), x), np.append(code, code + 2 * n)
     weights = csr_array((ones_and_x, (rows, np.tile(np.flatnonzero(kept), 2))), (4 * n, len(values)))
-    step = max(1, _NUMBERS // len(values))
-    blocks = (values[:, i : i + step].astype(np.float64) for i in range(0, values.shape[1], step))
-    both = np.hstack([weights @ block for block in blocks]).reshape(2, n, 2, -1)
+    blocks = [weights @ values[:, part].astype(np.float64) for part in column_blocks(values.shape, _NUMBERS)]
+    both = np.hstack(blocks).reshape(2, n, 2, -1)
     sums, products = both[0].transpose(1, 0, 2), both[1]
     spots = np.bincount(code, minlength=2 * n).reshape(n, 2)
     depths, squares = (np.bincount(code, numbers, 2 * n).reshape(n, 2) for numbers in (x, np.square(x)))
@@ -80,9 +80,8 @@ def _doubt(followed: float, size: float) -> tuple[str, str]:
     if not little and not (followed > _TOO_MUCH[0] and size > _TOO_MUCH[1]):
         return "", ""
     found = (
-        "the adjustment for depth uses its slope within the groups, but the difference between the groups is "
-        f"{'only ' if little else ''}{max(followed, 0):.0%} of what this slope predicts: genes without a difference may appear "
-        "different"
+        f"within groups, depth predicts a {'larger' if little else 'smaller'} difference than is observed (observed / predicted: "
+        f"{max(followed, 0):.0%}). The adjustment may create false differences"
     )
     if little:
         return found, "Trust only genes that are also significant with design=hg.Design(depth=None)"

@@ -178,23 +178,27 @@ def _rows(pool: SpotData, samples: np.ndarray, sides: tuple[np.ndarray, np.ndarr
     words = set(re.findall(r"\w+", design.formula or "")) - {"group"}
     known = [key for key in pool.tables[0].obs if key in words and all(key in table.obs for table in pool.tables)]
     rows: dict[str, Any] = {"group": np.repeat([0.5, -0.5], len(samples))}
-    masks = [side & (pool.samples == sample) for side in sides for sample in samples]
+    cells = [side & (pool.samples == sample) for side in sides for sample in samples]
     for key in dict.fromkeys([*design.covariates, *known]):
-        values, numbers = read_covariate(pool, key, np.logical_or.reduce(masks))
-        if numbers and not pd.api.types.is_bool_dtype(values):
-            rows[key] = [float(values[mask].mean()) for mask in masks]
-            continue
-        found = [values[mask].unique() for mask in masks]
-        if several := [sample for sample, names in zip([*samples] * 2, found, strict=True) if len(names) > 1]:
-            raise ValueError(
-                f"`covariates` {key!r} has several values within sample {str(several[0])!r}; a number, or one label per sample and "
-                "group, is needed"
-            )
-        rows[key] = [str(names[0]) for names in found]
+        rows[key] = read_cells(pool, key, cells, flags_as_labels=True)
     return pd.DataFrame(rows)
 
 
-def read_covariate(pool: SpotData, key: str, used: np.ndarray | slice) -> tuple[pd.Series, bool]:
+def read_cells(pool: SpotData, key: str, cells: list[np.ndarray], *, flags_as_labels: bool = False) -> list[Any]:
+    """Return a covariate of each cell, the mask ``(n,)`` of a group in a sample: the mean of numbers, or the label as text."""
+    values, numbers = read_covariate(pool, key, np.logical_or.reduce(cells))
+    if numbers and not (flags_as_labels and pd.api.types.is_bool_dtype(values)):
+        return [float(values[cell].mean()) for cell in cells]
+    found = [values[cell].unique() for cell in cells]
+    if several := [cell for cell, names in zip(cells, found, strict=True) if len(names) > 1]:
+        raise ValueError(
+            f"`covariates` {key!r} has several values within sample {str(pool.samples[several[0]][0])!r}; a number, or one label per "
+            "sample and group, is needed"
+        )
+    return [str(names[0]) for names in found]
+
+
+def read_covariate(pool: SpotData, key: str, used: np.ndarray) -> tuple[pd.Series, bool]:
     """Return a column at all spots, with cleaned labels, and whether it is numeric; raise if it is not valid at the used spots."""
     values = pool.obs(key, "covariates")
     numbers = pd.api.types.is_numeric_dtype(values)

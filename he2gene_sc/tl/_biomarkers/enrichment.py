@@ -12,6 +12,7 @@ import pandas as pd
 from scipy import stats
 
 from ..._core import validate
+from ..._core.elements import is_object
 from ..._core.keys import check_key
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_result
@@ -107,12 +108,9 @@ def enrichment(
     validate.arguments(enrichment, locals())
     decoupler = import_decoupler("hg.tl.enrichment")
     check_key(key_added, "key_added")
-    if not hasattr(decoupler.mt, method):
-        raise ValueError(
-            f"`method` {method!r} is not a method of decoupler, valid: {sorted(decoupler.mt.show()['name'])}"
-        )
+    validate.key_in(method, sorted(decoupler.mt.show()["name"]), "method", what="a method of decoupler")
     is_frame = isinstance(data, pd.DataFrame)
-    several = is_frame or not (hasattr(data, "tables") or hasattr(data, "obs_names"))
+    several = is_frame or not is_object(data)
     data = list(data) if several and not is_frame else data
     targets = [] if is_frame else find_results(data, "biomarkers", key, table_key)
     for table in targets:
@@ -123,9 +121,14 @@ def enrichment(
         raise ValueError(
             f"`{'data' if missing[0] != statistic else 'statistic'}`: the biomarkers have no {missing[0]!r}"
         )
+    tested = frame["group"].dropna().unique().tolist()
+    if not tested:
+        raise ValueError("`data`: the biomarkers have no row with a group; pass the result of hg.tl.biomarkers")
     if group is not None:
         wanted = [group] if isinstance(group, str) else list(group)
-        validate.all_in(wanted, frame["group"], "group", "was not tested")
+        if not wanted:
+            raise ValueError(f"`group` is empty; name some of {tested}, or None for all")
+        validate.all_in(wanted, tested, "group", "was not tested")
         frame = frame[frame["group"].isin(wanted)]
     sets = read_net(net)
     results = pd.concat(

@@ -15,7 +15,7 @@ import pandas as pd
 from ... import stats
 from .contrast import MIN_SPOTS, Contrast
 from .depth_check import doubt_over_parts, doubt_over_samples, section_parts
-from .design import Design, read_covariate
+from .design import Design, read_cells, read_covariate
 
 #: Largest weight of a sample, in units of the median weight.
 _MAX_WEIGHT = 4.0
@@ -118,8 +118,8 @@ def _doubt_about_libraries(sums: stats.CountSums) -> str:
         )
     if abs(share) > _MAX_LEFT_OUT:
         return (
-            f"library sizes are estimated without {abs(share):.0%} of the genes, which are {'higher' if share > 0 else 'lower'} in the "
-            "group than the others: if these genes are the unchanged ones, all others appear different"
+            f"library sizes ignore {abs(share):.0%} of the genes, which are {'higher' if share > 0 else 'lower'} in the group. If those "
+            "genes did not change, every other gene will appear to"
         )
     return ""
 
@@ -141,8 +141,7 @@ def _deseq2(contrast: Contrast) -> Outcome:
     counts = pd.DataFrame(rounded, names, [str(i) for i in range(g)])
     lfc = contrast.design.lfc
     null = {"alt_hypothesis": "greaterAbs", "lfc_null": lfc} if lfc else {}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         fitted = dds_class(counts=counts, metadata=rows, design="~ sample + side", quiet=True, n_cpus=1)
         fitted.deseq2()
         tests = stats_class(
@@ -290,32 +289,20 @@ def spot_covariates(contrast: Contrast, chosen: np.ndarray) -> np.ndarray | None
     """Return log depth and covariates of the chosen spots, ``(m, c)``; ``None`` if there are none."""
     columns = [] if contrast.depth is None else [contrast.depth[chosen]]
     for key in contrast.design.covariates:
-        values, numbers = read_covariate(contrast.pool, key, chosen)
-        columns += [values[chosen].to_numpy(float)] if numbers else _indicators(values[chosen])
+        columns += _columns(read_covariate(contrast.pool, key, chosen)[0][chosen])
     return np.column_stack(columns) if columns else None
 
 
 def cell_covariates(contrast: Contrast, side: np.ndarray, sample: np.ndarray) -> np.ndarray:
-    """Covariates of sample × group means: means of numbers, and indicators of labels (one label per sample)."""
-    columns: list[Any] = []
+    """Covariates of sample × group means: means of numbers, and indicators of labels."""
+    masks = (contrast.inside, contrast.outside)
+    cells = [masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)]
+    columns: list[np.ndarray] = []
     for key in contrast.design.covariates:
-        values, numbers = read_covariate(contrast.pool, key, slice(None))
-        if numbers:
-            masks = (contrast.inside, contrast.outside)
-            cells = [
-                masks[i] & (contrast.pool.samples == contrast.samples[j]) for i, j in zip(side, sample, strict=True)
-            ]
-            columns.append([float(values[cell].mean()) for cell in cells])
-            continue
-        per_sample = values.groupby(contrast.pool.samples).agg(["nunique", "first"])
-        if (per_sample["nunique"] > 1).any():
-            raise ValueError(
-                f"`covariates` {key!r} has several values within sample {per_sample.index[per_sample['nunique'] > 1][0]!r}; "
-                "a number, or one label per sample, is needed"
-            )
-        columns += _indicators(per_sample["first"].reindex(contrast.samples[sample]))
+        columns += _columns(pd.Series(read_cells(contrast.pool, key, cells)))
     return np.array(columns).reshape(len(columns), len(side)).T
 
 
-def _indicators(labels: pd.Series) -> list[np.ndarray]:
-    return list(pd.get_dummies(labels, drop_first=True).to_numpy(float).T)
+def _columns(values: pd.Series) -> list[np.ndarray]:
+    """Numbers as they are, or indicators of all labels but the first."""
+    return list(pd.get_dummies(values.to_frame(), drop_first=True).to_numpy(float).T)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from ..._core.elements import objects_in
 from ..._core.labelled import depth_of
 from ..._core.slide import mean_colours
 from ..._core.spots import SpotData
@@ -26,12 +27,9 @@ def fields(
     layer: str,
 ) -> dict[str, np.ndarray]:
     """Depth (log total counts) and colour (darkness) of every spot, standardised within sections; only fields that all spots have."""
-    found: dict[str, np.ndarray] = {}
     depth = depth_of(measured, "auto")
-    if depth is not None:
-        found[DEPTH] = depth
-    objects = [data] if hasattr(data, "tables") or hasattr(data, "obs_names") else list(data)
-    colours = [mean_colours(item, table, layer) for item, table in zip(objects, tables, strict=True)]
+    found = {} if depth is None else {DEPTH: depth}
+    colours = [mean_colours(item, table, layer) for item, table in zip(objects_in(data), tables, strict=True)]
     known = [c for c in colours if c is not None]
     if len(known) == len(colours):
         rgb = np.concatenate([c[rows] for c, rows in zip(known, measured.rows, strict=True)])
@@ -40,14 +38,11 @@ def fields(
 
 
 def standardise_in_sections(values: np.ndarray, spots: SpotData) -> np.ndarray:
-    out = np.zeros(len(values))
-    places = pd.DataFrame({"sample": spots.samples, "section": spots.units})
-    for rows in places.groupby(["sample", "section"], sort=False).indices.values():
-        part = values[rows]
-        known = np.isfinite(part)
-        if known.sum() > 1 and part[known].std() > 0:
-            out[rows[known]] = (part[known] - part[known].mean()) / part[known].std()
-    return out
+    """Subtract the mean of the section and divide by its SD; 0 if the SD is 0, and for missing values."""
+    column = pd.Series(values)
+    sections = column.groupby(spots.units)
+    spread = sections.transform("std", ddof=0)
+    return ((column - sections.transform("mean")) / spread.where(spread > 0)).fillna(0).to_numpy()
 
 
 def effects(spots: SpotData, by_spot: dict[str, np.ndarray], groups: Iterable[str], reference: str) -> pd.DataFrame:

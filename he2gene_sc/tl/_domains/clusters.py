@@ -41,8 +41,7 @@ def cluster(features: np.ndarray, n_clusters: int, seeds: list[int], method: str
             KMeans(n_clusters, n_init=10, random_state=seed).fit_predict(features).astype(np.int64) for seed in seeds
         ]
     table = AnnData(np.asarray(features, np.float32))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         n_neighbors = min(N_NEIGHBOURS, len(features) - 1)
         search = _approximate_search(n_neighbors) if len(features) >= _EXACT_SPOTS else "sklearn"
         sc.pp.neighbors(table, n_neighbors=n_neighbors, use_rep="X", random_state=0, transformer=search)
@@ -101,7 +100,7 @@ def position_features(xy: np.ndarray) -> np.ndarray:
 
 
 def explained_part(x: np.ndarray, features: np.ndarray | None) -> np.ndarray | None:
-    """Part of the features ``(n, k)`` that is linear in ``x``; ``None`` for a single column, whose clusters would be the same."""
+    """Part of the features ``(n, k)`` that is linear in ``x``; ``None`` if ``x`` has one column, because its clusters would not change."""
     if features is None or x.shape[1] < 2:
         return None
     centred = x - x.mean(0)

@@ -309,8 +309,8 @@ def _score_section(
         warnings.warn(
             f"section {section!r} has only {len(shifts)} admissible shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}"
             if len(shifts)
-            else f"section {section!r}: no p-value, since no shift moves {stats.MIN_OVERLAP:.0%} of the labelled spots onto other spots (the "
-            "positions are not on a lattice, there are too few, or too many between them have no label)",
+            else f"No p-value for section {section!r}: no shift keeps {stats.MIN_OVERLAP:.0%} of the labelled spots on other spots. Likely "
+            "reasons: no lattice, few spots, many unlabelled spots.",
             UserWarning,
             stacklevel=3,
         )

@@ -13,8 +13,18 @@ from anndata import AnnData
 from scipy.stats import spearmanr
 
 from ..._core import logs
-from ..._core.spots import pitch_of
-from ...stats import agreement, chaos, enrichment_agreement, match, pas, shift_test, silhouette
+from ...stats import (
+    agreement,
+    chaos,
+    enrichment_agreement,
+    match,
+    moran,
+    neighbour_weights,
+    pas,
+    pitch_of,
+    shift_test,
+    silhouette,
+)
 
 #: Permutations of squidpy's neighbourhood enrichment, its default.
 _ENRICHMENT_PERMS = 1000
@@ -120,32 +130,19 @@ def _coherence(xy: np.ndarray, kind: Labels) -> Iterator[dict[str, Any]]:
 
 
 def moran_agreement(xy: np.ndarray, predicted: np.ndarray, measured: np.ndarray) -> dict[str, Any]:
-    """Spearman correlation over genes of Moran's I (squidpy) of predicted and measured expression."""
-    a, b = moran(xy, predicted), moran(xy, measured)
+    """Spearman correlation over genes of Moran's I of predicted and measured expression."""
+    weights = neighbour_weights(xy, pitch_of(xy), _RADIUS)
+    a, b = moran(predicted, weights), moran(measured, weights)
     finite = np.isfinite(a) & np.isfinite(b)
     value = spearmanr(a[finite], b[finite]).statistic if finite.sum() > 2 else np.nan
     return _row(Labels("predicted", []), "measured", "moran", [float(value)])
-
-
-def moran(xy: np.ndarray, expression: np.ndarray) -> np.ndarray:
-    """Moran's I ``(g,)`` of expression ``(n, g)`` by squidpy, with neighbours within 1.5 pitches; NaN for a constant gene."""
-    sq = logs.import_squidpy()
-    table = _spatial_table(xy, expression)
-    varies = np.ptp(expression, axis=0) > 0
-    out = np.full(expression.shape[1], np.nan)
-    if varies.any():
-        found = sq.gr.spatial_autocorr(
-            table[:, varies].copy(), mode="moran", n_perms=None, copy=True, n_jobs=1, show_progress_bar=False
-        )
-        out[found.index.astype(int)] = found["I"]
-    return out
 
 
 class Enrichment:
     """Neighbourhood enrichment of label maps on the same spots, by squidpy; results are cached."""
 
     def __init__(self, xy: np.ndarray, seed: int) -> None:
-        self._table = _spatial_table(xy, np.zeros((len(xy), 1), np.float32))
+        self._table = _spatial_table(xy)
         self._seed = seed
         self._cache: dict[bytes, np.ndarray] = {}
 
@@ -157,9 +154,8 @@ class Enrichment:
             if labels.max() == 0:
                 return np.full((1, 1), np.nan)
             self._table.obs["label"] = pd.Categorical(labels)
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(action="ignore"):
                 # squidpy divides by the variance, which is 0 for labels that are never neighbours.
-                warnings.simplefilter("ignore")
                 found = sq.gr.nhood_enrichment(
                     self._table,
                     "label",
@@ -173,10 +169,10 @@ class Enrichment:
         return self._cache[key]
 
 
-def _spatial_table(xy: np.ndarray, values: np.ndarray) -> AnnData:
+def _spatial_table(xy: np.ndarray) -> AnnData:
     """Table with squidpy's graph of neighbours within 1.5 pitches."""
     sq = logs.import_squidpy()
-    table = AnnData(np.asarray(values, np.float32), obsm={"spatial": xy})
+    table = AnnData(np.zeros((len(xy), 1), np.float32), obsm={"spatial": xy})
     # squidpy logs every graph through this logger.
     with logs.silence("spatialdata._logging"):
         sq.gr.spatial_neighbors_radius(table, radius=_RADIUS * pitch_of(xy))

@@ -163,9 +163,9 @@ def evaluate(
     - ``"coordinates"``: the same with both axes and the squared distance from the middle of the section, as in :func:`he2gene_sc.tl.compare`;
     - ``"nearest spots"``: mean of the neighbouring spots, without the spot itself.
 
-    Leaving out a spot with a high value lowers the mean of the others. This shift is removed for the correlation (not the
-    skill) of a baseline; otherwise a constant would reach -1. Correlation still understates weak baselines, because their sign
-    is fitted: for an unrelated gene, a line reaches about -1 / sqrt(spots). Skill does not have this bias.
+    Leaving out a spot with a high value lowers the mean of the others. The correlation of baselines is corrected for this shift;
+    their skill is not. Uncorrected, a constant baseline would have correlation -1. Correlation still understates weak baselines,
+    because their sign is fitted: for an unrelated gene, a line reaches about -1 / sqrt(spots). Skill does not have this bias.
 
     Examples
     --------
@@ -188,8 +188,7 @@ def evaluate(
             f"for example {key_added + '_eval'!r}"
         )
     validate.one_of(measured_scale, SCALES, "measured_scale")
-    if unknown := [name for name in baselines or () if name not in BASELINES]:
-        raise ValueError(f"`baselines` {unknown} are unknown, valid: {list(BASELINES)}")
+    validate.all_in(baselines or (), BASELINES, "baselines", "are unknown")
     validate.whole_number(n_splits, "n_splits")
     table, is_other = table_with(data, layer, prediction_key, table_key)
     keys = Keys() if prediction_key is None else Keys(prediction_key)
