@@ -315,12 +315,13 @@ def axes_for(
     side_width: float = 0.0,
     save: str | Path | None = None,
 ) -> list[Axes]:
-    """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``figsize``, ``title`` and ``save``.
+    """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``ncols``, ``figsize``, ``title`` and ``save``.
 
     Panels of tissue have an ``aspect`` (height to width) and are packed, with ``side_width`` inches for colour bars or legends.
     """
     import matplotlib.pyplot as plt
 
+    validate.whole_number(ncols, "ncols")
     if save is not None:
         _file_of(save)
     if title is not None and not isinstance(title, str) and len(validate.names(title, "title")) != n:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
-from .._core.names import names_of
+from .._core.names import annotation_target, names_of
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
@@ -126,10 +126,11 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
 
 
 def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
-    """Return the slide of the section, or ``None`` without an image."""
-    if not getattr(data, "images", None):
+    """Return the slide of the section, or ``None`` without an image or if the table annotates nothing."""
+    attrs = annotation_target(table)
+    if attrs is None or not getattr(data, "images", None):
         return None
-    regions = table.obs[table.uns["spatialdata_attrs"]["region_key"]]
+    regions = table.obs[attrs["region_key"]]
     shapes = regions.iloc[spots[0]]
     try:
         slides = slides_of(data, table, prediction)

@@ -172,6 +172,49 @@ def test_files_of_older_versions_and_compressed_ones_are_read(toy, tmp_path):
             hg.io.read_geojson(toy, tmp_path / name)
 
 
+def test_a_zip_file_of_macos_is_read(toy, tmp_path):
+    path = write(tmp_path / "a.geojson", (square(toy, 0), "Tumor"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("export/", "")
+        archive.write(path, "export/a.geojson")
+        archive.writestr("__MACOSX/export/._a.geojson", b"\0\5\x16")
+    hg.io.read_geojson(toy, tmp_path / "a.zip")
+    assert labels(toy)[0] == "Tumor"
+
+
+@pytest.mark.parametrize("damage", ["content", "encrypted", "two files", "no file"])
+def test_a_zip_file_that_cannot_be_read_is_named(toy, tmp_path, damage):
+    text = write(tmp_path / "a.geojson", (square(toy, 0), "Tumor")).read_text()
+    names = {"two files": ["a.geojson", "b.geojson"], "no file": ["a/"]}.get(damage, ["a.geojson"])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, text)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    if damage == "content":
+        content[50:70] = b"\xff" * 20
+    elif damage == "encrypted":
+        content[6] |= 1
+        content[content.rfind(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    reason = {
+        "content": "Error -3",
+        "encrypted": "is encrypted",
+        "two files": "holds 2 files",
+        "no file": "holds 0 files",
+    }
+    with pytest.raises(ValueError, match=rf"`path` '.*\.zip' is not GeoJSON; .*{reason[damage]}"):
+        hg.io.read_geojson(toy, tmp_path / "a.zip")
+
+
+def test_a_file_in_a_store_is_refused(predicted, tmp_path):
+    store = hg.io.save(predicted, tmp_path / "slide.zarr")
+    with pytest.raises(
+        ValueError, match=r"`path` '.*a\.geojson' lies in the store '.*slide\.zarr'; name a file beside it"
+    ):
+        hg.io.to_geojson(predicted, store / "a.geojson")
+    assert not (store / "a.geojson").exists()
+
+
 def test_a_table_and_genes_without_values_are_not_written(predicted, tmp_path):
     with pytest.raises(TypeError, match=r"`sdata` is an AnnData; a SpatialData object with the image is needed"):
         hg.io.to_geojson(predicted["table"], tmp_path / "a.geojson")
