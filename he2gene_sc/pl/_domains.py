@@ -11,14 +11,14 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
-from .._core.names import annotation_target, names_of
+from .._core.names import annotation_target, names_of, stored_colours
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
 from ..tl._domains.domain_preservation import MIN_SPOTS
 from ._canvas import Canvas, finish
-from ._panels import Panel, Style, draw_panels, stored_colours
+from ._panels import Panel, Style, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData

@@ -159,14 +159,8 @@ def spatial(
     style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
     names = [*_as_list(genes, "genes"), *_as_list(color, "color")]
     keys = Keys(prediction_key)
-    slides = canvases(
-        sdata,
-        prediction_key=prediction_key,
-        table_key=table_key or (lambda item: _table_with(item, names, prediction_key)),
-        shapes_key=shapes_key,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-    )
+    chosen_table = table_key or (lambda item: _table_with(item, names, prediction_key))
+    slides = canvases(sdata, prediction_key, chosen_table, shapes_key, image_key, coordinate_system)
     if "probabilities" in names:
         classes = list(dict.fromkeys(label for slide in slides for label in _classes(slide.table, keys)))
         if without := [slide.name for slide in slides if not _classes(slide.table, keys)]:

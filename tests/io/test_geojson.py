@@ -82,6 +82,15 @@ def test_objects_are_as_qupath_writes_them(predicted, tmp_path):
     assert outline.area == pytest.approx(np.pi * 25**2, rel=0.01)
 
 
+def test_colours_that_do_not_match_the_classes_are_left_out(predicted, tmp_path):
+    predicted["table"].uns["he2gene_annotation_colors"] = ["#d62728"]
+    features = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())["features"]
+    assert [feature["properties"].get("classification") for feature in features[:2]] == [
+        None,
+        {"name": "invasive cancer"},
+    ]
+
+
 def test_coordinates_are_pixels_of_the_image_for_any_unit_of_the_spots(predicted, tmp_path):
     before = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())
     # Image and spots move in the coordinate system; the pixels of the spots stay the same.
