@@ -105,6 +105,15 @@ def names_of(table: AnnData, key: str, parameter: str, *, what: str = "labels", 
     return names
 
 
+def stored_colours(table: AnnData, column: str) -> dict[str, str]:
+    """Return the colour in ``uns`` of each label of a column; empty if the colours do not match its categories."""
+    colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
+    labels = table.obs[column].astype("category").cat.categories if len(colours) and column in table.obs else ()
+    if len(labels) != len(colours):
+        return {}
+    return dict(zip(map(str, labels), map(str, colours), strict=True))
+
+
 def check_spelling(
     names: Mapping[str, Sequence[str] | np.ndarray],
     parameter: str,

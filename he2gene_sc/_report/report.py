@@ -21,7 +21,8 @@ from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
 from ..cohort._job import METRICS, recorded_summary
 from ..cohort._manifest import SEPARATORS
-from ..io._files import check_new_file, put_file
+from ..io._files import check_folder, check_new_file, put_file
+from ..io._text import read_table
 from .page import Cell, Section, file_name, is_ours, render
 from .slide import Slide, sections_of
 
@@ -171,7 +172,7 @@ def _slides(data: Any) -> pd.DataFrame | None:
             stores = sorted(folder for folder in path.iterdir() if folder.is_dir() and _may_be_store(folder))
             frame = pd.DataFrame({"output": [str(store) for store in stores]})
         elif path.suffix.lower() in SEPARATORS:
-            frame = pd.read_csv(path, sep=SEPARATORS[path.suffix.lower()])
+            frame = read_table(path, "data", sep=SEPARATORS[path.suffix.lower()])
         else:
             raise ValueError(f"`data` {str(data)!r} is neither a store, a folder of stores, nor a summary (.csv, .tsv)")
     elif isinstance(data, Sequence):
@@ -211,10 +212,7 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
     index = Path("reports") if path is None else validate.folder_or_file(path, "path")
     index = index if index.suffix.lower() in _SUFFIXES else index / "index.html"
     stores = [Path(str(store)) for store in frame["output"]]
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"`path`: {str(index.parent)!r} is a file, or inside a file; a folder is needed") from None
+    check_folder(index.parent, "path").mkdir(parents=True, exist_ok=True)
     taken, files = {index.stem.lower()}, []
     for store in stores:
         stem = file_name(store.stem)

@@ -13,7 +13,7 @@ from .. import get, pl
 from .._core import validate
 from .._core.keys import PATIENT, SECTION, Keys
 from .._core.matrix import dense, matrix_of
-from .._core.names import clean_names
+from .._core.names import clean_names, stored_colours
 from .._core.ownership import is_record_of, public_name
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags
 from .._core.results import scores_of
@@ -193,10 +193,10 @@ def _annotation(slide: Slide, section: Section) -> None:
         return
     labels = table.obs[keys.annotation].astype("category")
     confidence = table.obs.get(keys.confidence, pd.Series(np.nan, table.obs_names)).astype(float)
-    colours = dict(zip(labels.cat.categories, table.uns.get(keys.colors, ()), strict=False))
+    colours = stored_colours(table, keys.annotation)
     rows = [
         {
-            "class": Cell(str(name), color=_hex(colours.get(name, ""))),
+            "class": Cell(str(name), color=_hex(colours.get(str(name), ""))),
             "spots": int((labels == name).sum()),
             "share": f"{(labels == name).mean():.1%}",
             "mean confidence": confidence[(labels == name).to_numpy()].mean(),

@@ -250,15 +250,13 @@ def evaluate(
     """Compare a prediction and baselines with measured expression; print the summary. The store is not changed."""
     from .. import get, tl
     from .._core import validate
-    from ..io._files import check_own_files, check_writable
+    from ..io._files import check_new_file, check_own_files
     from ..io._open import open_store
 
     if out is not None and validate.folder_or_file(out, "--out").is_dir():
         raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise ValueError(f"--out {str(out)!r}: the folder {str(out.resolve().parent)!r} does not exist")
     if out is not None:
-        check_writable(out.resolve().parent, f"--out {str(out)!r}")
+        check_new_file(out, "--out", overwrite=True)
         check_own_files(out, "gene,scope,section,predictor,", "--out")
     sdata = open_store(path)
     tl.evaluate(

@@ -48,8 +48,9 @@ def run(section: str, out: Path, model: HE2Gene, echo: Echo, show: Show) -> pd.D
     seconds = time.perf_counter() - start
     table = sdata["table"]
     record = table.uns["he2gene"]
+    has_classes = "he2gene_annotation" in table.obs
     echo(
-        f"Predicted {len(get.genes(sdata)):,} genes and the annotation of {table.n_obs} spots in {seconds:.1f} s "
+        f"Predicted {len(get.genes(sdata)):,} genes{' and the annotation' * has_classes} of {table.n_obs} spots in {seconds:.1f} s "
         f"({table.n_obs / seconds:.1f} spots/s) at {record['mpp']:.3f} µm/px ({record['mpp_source']})."
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -59,21 +60,24 @@ def run(section: str, out: Path, model: HE2Gene, echo: Echo, show: Show) -> pd.D
     import matplotlib.pyplot as plt
 
     mpl.use("Agg")
-    drawn = [gene for gene in _GENES if gene in set(get.genes(sdata))]
+    best = get.genes(sdata)
+    drawn = [gene for gene in _GENES if gene in best] or best[: len(_GENES)]
     pl.spatial(sdata, drawn, save=out / "genes.png")
     echo(f"First picture: {out / 'genes.png'}")
     genes, panels = compare(sdata, model)
     _report(genes, panels, table, echo, show)
     genes.to_csv(out / "genes.csv", index=False, float_format="%.4g")
-    reference = "annotation" if table.obs["annotation"].notna().any() else None
-    pl.annotation(sdata, reference=reference, save=out / "annotation.png")
+    if has_classes:
+        reference = "annotation" if table.obs["annotation"].notna().any() else None
+        pl.annotation(sdata, reference=reference, save=out / "annotation.png")
     plt.close("all")
     io.save(sdata, store, overwrite=True)
     echo("")
     echo(
         f"Pictures   {out / 'genes.png'}  ({', '.join(drawn)}: predicted and measured; below: metrics for new patients)"
     )
-    echo(f"           {out / 'annotation.png'}")
+    if has_classes:
+        echo(f"           {out / 'annotation.png'}")
     echo(f"Genes      {out / 'genes.csv'}  (column `reliable`: the genes where it is False are not to be trusted)")
     echo(f"Object     {store}  (spatialdata.read_zarr)")
     return panels
@@ -207,7 +211,7 @@ def _report(genes: pd.DataFrame, panels: pd.DataFrame, table: AnnData, echo: Ech
     )
     reliable = int(by_name["reliable"].sum())
     echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} are not to be trusted one by one.")
-    if table.obs["annotation"].notna().any():
+    if "he2gene_annotation" in table.obs and table.obs["annotation"].notna().any():
         known = table.obs["annotation"].notna() & table.obs["he2gene_annotation"].notna()
         same = table.obs["annotation"].astype(str)[known] == table.obs["he2gene_annotation"].astype(str)[known]
         sources = ", ".join(sorted(table.obs["annotation_source"].dropna().unique()))

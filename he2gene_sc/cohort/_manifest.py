@@ -356,7 +356,7 @@ def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
         duplicate = next(
-            (other for other, its_model in others if other.has_same_options(job) and its_model is model), None
+            (other for other, its_model in others if other.has_same_options(job) and its_model == model), None
         )
         others.append((job, model))
         if duplicate is not None:

@@ -149,20 +149,22 @@ def _predicted(
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Predict the slides on a given or a local cluster; yield the row of each when it is done."""
     killed: list[int] = []
-    with _connected(client, workers_here(len(todo), n_workers, device)) as cluster:
+    with _connected(client, len(todo), n_workers, device) as cluster:
         yield from _results(cluster, todo, killed)
     if not killed:
         return
     # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
-    with _connected(client, workers_here(1, 1, device), alone=True) as cluster:
+    with _connected(client, 1, 1, device, alone=True) as cluster:
         for number in killed:
             yield from _results(cluster, {number: todo[number]})
 
 
 def _connected(
-    client: Client | None, environments: list[dict[str, str]], **options: bool
+    client: Client | None, n_slides: int, n_workers: int | None, device: str, **options: bool
 ) -> contextlib.AbstractContextManager[Client]:
-    return local_client(environments, **options) if client is None else contextlib.nullcontext(client)
+    if client is not None:
+        return contextlib.nullcontext(client)
+    return local_client(workers_here(n_slides, n_workers, device), **options)
 
 
 class _Summary:
@@ -181,20 +183,18 @@ class _Summary:
 
     def check_place(self, slides: Any) -> None:
         """Raise if the path is not a table, or if another file would be lost."""
-        from .._core.stores import resolved, store_around
+        from .._core.stores import resolved
+        from ..io._files import check_new_file
 
         path = self.path
         if path is None:
             return
-        if (store := store_around(path)) is not None:
-            raise ValueError(f"`summary` {str(path)!r} lies in the store {str(store)!r}; name a file beside it")
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ValueError(f"`summary` {str(path)!r} is a folder or lies in none; name a csv file")
         if path.suffix.lower() not in SEPARATORS:
             raise ValueError(
                 f"`summary` {str(path)!r} ends in {path.suffix!r}; a table to write is needed, .csv or .tsv: "
-                "summary='summary.csv' (--summary summary.csv, before it the slides)"
+                "summary='summary.csv', on the command line: `he2gene predict SLIDES --summary summary.csv`"
             )
+        check_new_file(path, "summary", overwrite=True)
         inputs = [slides] if isinstance(slides, str | Path) else []
         inputs += [place for job in self.jobs for place in (job.path, job.output)]
         if resolved(path) in {resolved(place) for place in inputs}:

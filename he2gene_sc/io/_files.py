@@ -152,14 +152,21 @@ def put_file(path: Path, data: bytes) -> None:
         replace_file(path, data, Path(staging))
 
 
-def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...], *, overwrite: bool) -> Path:
-    """Raise, before any work, if a file cannot be written or must not be replaced."""
+def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...] = (), *, overwrite: bool) -> Path:
+    """Raise, before any work, if a file cannot be written, must not be replaced, or lies in a zarr store.
+
+    Without ``suffixes``, any is valid.
+    """
     place = validate.folder_or_file(path, parameter).absolute()
-    if place.suffix.lower() not in suffixes:
+    if suffixes and place.suffix.lower() not in suffixes:
         raise ValueError(f"`{parameter}` {str(place)!r} ends in {place.suffix!r}; {' or '.join(suffixes)} is needed")
-    if place.is_dir() or not place.parent.is_dir():
+    # Links are followed, as put_file follows them.
+    folder = place.resolve().parent
+    if place.is_dir() or not folder.is_dir():
         raise ValueError(f"`{parameter}` {str(place)!r} is a folder, or lies in a folder that does not exist")
-    check_writable(place.parent, f"`{parameter}` {str(place)!r}")
+    if (store := store_around(place.resolve())) is not None:
+        raise ValueError(f"`{parameter}` {str(place)!r} lies in the store {str(store)!r}; name a file beside it")
+    check_writable(folder, f"`{parameter}` {str(place)!r}")
     if place.exists() and not overwrite:
         raise FileExistsError(
             f"`{parameter}` {str(place)!r} exists; choose another name, or pass overwrite=True (--overwrite)"
@@ -200,9 +207,10 @@ def check_writable(folder: Path, what: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else PermissionError
+        kind = PermissionError if error.errno == errno.EROFS else type(error)
         raise kind(
-            f"{what} lies in a folder that cannot be written to ({error.strerror}: {str(folder)!r}); choose another place"
+            error.errno,
+            f"{what} lies in a folder that cannot be written to ({error.strerror}: {str(folder)!r}); choose another place",
         ) from error
 
 

@@ -19,7 +19,7 @@ from .._core.keys import Keys, check_key
 from .._core.logs import logger
 from .._core.matrix import dense, matrix_of
 from .._core.mpp import stored_mpp
-from .._core.names import annotation_target, check_spelling, clean_names, names_of
+from .._core.names import annotation_target, check_spelling, clean_name, clean_names, names_of, stored_colours
 from .._core.ownership import check_free, unchanged_keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
 from .._core.results import write_result
@@ -105,6 +105,8 @@ def to_geojson(
     >>> path = hg.io.to_geojson(sdata, "spots.geojson", genes=["ERBB2", "COL1A1"])
     """
     validate.arguments(to_geojson, locals())
+    import geopandas as gpd
+
     validate.one_of(object_type, ("detection", "annotation"), "object_type")
     check_spatialdata(sdata)
     path = check_new_file(path, "path", (".geojson", ".json"), overwrite=overwrite)
@@ -132,12 +134,19 @@ def to_geojson(
     for column, title in measured.items():
         if column in own.obs and title not in names and (column != keys.confidence or annotation_key is None):
             values[title] = own.obs[column].to_numpy(float)
-    classes = _classifications(table, rows, label)
-    features = [
-        _feature(spot, outline, object_type, given, row)
-        for spot, outline, given, row in zip(own.obs_names, outlines, classes, values.to_dict("records"), strict=True)
+    measurements = [
+        {str(name): round(float(v), 4) for name, v in row.items() if np.isfinite(v)}
+        for row in values.to_dict("records")
     ]
-    content = {"type": "FeatureCollection", "features": features}
+    properties = {
+        "objectType": object_type,
+        "name": own.obs_names.astype(str),
+        "classification": _classifications(table, rows, label),
+        "measurements": measurements,
+    }
+    # Without a classification, QuPath needs no key for it.
+    features = gpd.GeoDataFrame(properties, geometry=outlines).iterfeatures(na="drop", drop_id=True)
+    content = {"type": "FeatureCollection", "features": list(features)}
     put_file(path, json.dumps(content, ensure_ascii=False, allow_nan=False).encode())
     return path
 
@@ -218,7 +227,7 @@ def read_geojson(
     labels = np.full(table.n_obs, None, object)
     if key_added in unchanged_keys(table, key_added).get("obs", ()):
         labels[:] = names_of(table, key_added, "key_added")
-        colors = dict(zip(table.obs[key_added].cat.categories, table.uns.get(colors_key, ()), strict=False)) | colors
+        colors = stored_colours(table, key_added) | colors
     labels[rows] = _labels_by_area(outlines, polygons, names)
     unit = other_unit(polygons, outlines, stated)
     spans = (
@@ -302,25 +311,12 @@ def _classifications(table: AnnData, rows: np.ndarray, label: str) -> list[dict[
     if label not in table.obs:
         return [None] * len(rows)
     labels = names_of(table, label, "annotation_key")
-    kinds = table.obs[label].astype("category").cat.categories
-    colors = dict(zip(clean_names(kinds), table.uns.get(f"{label}_colors", ()), strict=False))
+    colors = {clean_name(name): color for name, color in stored_colours(table, label).items()}
     found: dict[Any, dict[str, Any] | None] = {None: None}
     for name in pd.unique(pd.Series(labels).dropna()):
         rgb = {"color": [round(255 * part) for part in to_rgb(colors[name])]} if name in colors else {}
         found[name] = {"name": name, **rgb}
     return [found[name] for name in labels[rows]]
-
-
-def _feature(
-    spot: str, outline: Any, object_type: str, classification: dict[str, Any] | None, values: dict[str, float]
-) -> dict[str, Any]:
-    from shapely.geometry import mapping
-
-    properties: dict[str, Any] = {"objectType": object_type, "name": str(spot)}
-    if classification is not None:
-        properties["classification"] = classification
-    properties["measurements"] = {name: round(float(v), 4) for name, v in values.items() if np.isfinite(v)}
-    return {"type": "Feature", "geometry": mapping(outline), "properties": properties}
 
 
 def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,15 @@ def text_of(path: Path) -> str:
     if content.startswith(b"PK"):
         try:
             with zipfile.ZipFile(path) as archive:
-                (name,) = archive.namelist()
-                content = archive.read(name)
-        except zipfile.BadZipFile as error:
+                # macOS adds a file with attributes of each file.
+                files = [
+                    name for name in archive.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")
+                ]
+                files = [name for name in files if name.lower().endswith(".geojson")] or files
+                if len(files) != 1:
+                    raise ValueError(f"the zip file holds {len(files)} files {files[:5]}; one is needed")
+                content = archive.read(files[0])
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it is encrypted
             raise ValueError(str(error)) from None
     return content.decode("utf-8-sig")
 

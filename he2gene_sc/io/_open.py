@@ -58,8 +58,7 @@ def _damaged(path: Path) -> str:
         if not (path / kind).is_dir():
             continue
         try:
-            with warnings.catch_warnings(), logs.silence("ome_zarr"):
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"), logs.silence("ome_zarr"):
                 _read_a_pixel(sd.read_zarr(path, selection=(kind,)))
         except Exception:  # noqa: BLE001 - any error means damage
             found.append(kind)

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._core import validate
 from .._core.differences import Change
@@ -51,9 +51,8 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     path
         Store to write. Default: the store of ``sdata``.
     overwrite
-        For the object's own store: whether to replace or remove columns, layers and keys that only the store has, since they
-        were removed from the object, or saved by another process after it was read; and values that differ for an unknown
-        reason. For any other store: whether to replace it.
+        Own store: also replace or remove what only the store has, and values that differ for an unknown reason. Other
+        stores: replace them.
 
     Returns
     -------
@@ -178,15 +177,13 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         if target.exists():
             stack.enter_context(locked(target))
         new = staging / "new"
-        members: dict[str, dict[str, Any]] = {}
         for kind, name, element in sdata.gen_elements():
             if kind == "tables":
                 check_table(f"sdata[{name!r}]", element)
             check_files(f"{kind}[{name!r}]", element)
-            members.setdefault(kind, {})[name] = element
         attrs = user_attrs(sdata.attrs)
-        write(new, members, attrs)
-        saved = {f"{kind}/{name}": new_id(new / kind / name) for kind, names in members.items() for name in names}
+        write(new, {name: element for _, name, element in sdata.gen_elements()}, attrs)
+        saved = {f"{kind}/{name}": new_id(new / kind / name) for kind, name, _ in sdata.gen_elements()}
         attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: {**saved, "attrs": new_id(attrs)}}
         RootMetadata(new, staging).write({**(root_attrs(new) or {}), **attrs})
         if target.exists():

@@ -137,10 +137,11 @@ def _read_tables(
     if not np.isfinite(centres).all():
         raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
     mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, centres, pitch_um)
+    positions = _numbers(spot_frame, ("x", "y"), "spots").round().astype(int)
     obs = pd.DataFrame(
         {
-            "array_row": spot_frame["y"].round().astype(int),
-            "array_col": spot_frame["x"].round().astype(int),
+            "array_row": positions[:, 1],
+            "array_col": positions[:, 0],
             "patient": pd.Categorical([patient] * len(ids)),
             "section": pd.Categorical([section] * len(ids)),
         },

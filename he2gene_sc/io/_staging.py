@@ -25,21 +25,22 @@ def without_library_warnings() -> Iterator[None]:
     import anndata
 
     strings = anndata.settings.override(allow_write_nullable_strings=True)
-    with warnings.catch_warnings(), strings, logs.silence("spatialdata", "ome_zarr"):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), strings, logs.silence("spatialdata", "ome_zarr"):
         yield
 
 
-def write(
-    folder: Path, members: Mapping[str, Mapping[str, Any]], attrs: Mapping[str, Any], formats: Any = None
-) -> None:
+def write(folder: Path, elements: Mapping[str, Any], attrs: Mapping[str, Any], formats: Any = None) -> None:
     """Write elements to a new store; with ``formats``, without consolidated metadata at the root."""
     import spatialdata as sd
+    from anndata import AnnData
 
-    tables = {name: storable(f"sdata[{name!r}]", table) for name, table in members.get("tables", {}).items()}
+    stored = {
+        name: storable(f"sdata[{name!r}]", element) if isinstance(element, AnnData) else element
+        for name, element in elements.items()
+    }
     with without_library_warnings():
         try:
-            new = sd.SpatialData(**{**members, "tables": tables}, attrs=dict(attrs))
+            new = sd.SpatialData.init_from_elements(stored, attrs=dict(attrs))
             new.write(folder, update_sdata_path=True, consolidate_metadata=formats is None, sdata_formats=formats)
         except (OSError, MemoryError):
             raise
@@ -53,11 +54,8 @@ def stage(staging: Path, changes: list[Change], store: Path) -> None:
     """Write elements to ``staging/new``; unchanged parts of tables are hard links."""
     if not changes:
         return
-    members: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        element = parts_of(change.element, change.kept) if change.kept else change.element
-        members.setdefault(change.kind, {})[change.name] = element
-    write(staging / "new", members, {}, formats=_formats(store))
+    elements = {c.name: parts_of(c.element, c.kept) if c.kept else c.element for c in changes}
+    write(staging / "new", elements, {}, formats=_formats(store))
     for change in changes:
         old, new = store / change.path, staging / "new" / change.path
         for part in change.kept:
@@ -109,11 +107,8 @@ def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:
                     (shadow / folder / name).write_bytes((store / folder / name).read_bytes())
     (staging / "shadow").mkdir()
     RootMetadata(shadow, staging / "shadow").unconsolidate()
-    members: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        members.setdefault(change.kind, {})[change.name] = change.element
     with without_library_warnings():
-        new = sd.SpatialData(**members)
+        new = sd.SpatialData.init_from_elements({change.name: change.element for change in changes})
         new.path = shadow
         for change in changes:
             new.write_transformations(change.name)

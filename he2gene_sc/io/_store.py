@@ -31,7 +31,7 @@ def is_store(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(store: Path, *, beside: bool = False) -> Iterator[Path]:
-    """Lock a store against other processes; yield an empty temporary folder in it or, for a new store, ``beside`` it."""
+    """Lock a store against other processes. Yield an empty temporary folder, in the store or ``beside`` a new one."""
     place = store.parent / f".{store.name}{STAGING}" if beside else store / STAGING
     lock_path = place.with_name(f"{place.name}.lock")
     lock = _acquire(lock_path, store)
@@ -155,8 +155,7 @@ def _consolidated(store: Path, version: Literal[2, 3]) -> dict[str, bytes]:
         def set_sync(self, key: str, value: Any) -> None:
             files[key] = value.to_bytes()
 
-    with warnings.catch_warnings():
-        # zarr warns of parquet files and of the user's own files.
-        warnings.simplefilter("ignore")
+    # zarr warns of parquet files and of the user's own files.
+    with warnings.catch_warnings(action="ignore"):
         zarr.consolidate_metadata(Captured(store), zarr_format=version)
     return files

@@ -86,14 +86,7 @@ def annotation(
     validate.arguments(annotation, locals())
     style = Style(image, size, alpha, legend_loc=legend_loc, frameon=frameon, bbox=bbox)
     keys = Keys(prediction_key)
-    slides = canvases(
-        sdata,
-        prediction_key=prediction_key,
-        table_key=table_key,
-        shapes_key=shapes_key,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-    )
+    slides = canvases(sdata, prediction_key, table_key, shapes_key, image_key, coordinate_system)
     tables = [slide.table for slide in slides]
     for slide in slides:
         table, where = slide.table, f" of slide {slide.name!r}" if slide.name else ""

@@ -219,7 +219,6 @@ def name_points(ax: Axes, names: Sequence[str], xy: np.ndarray, place: float, st
 
 def canvases(
     data: Any,
-    *,
     prediction_key: str,
     table_key: str | None | Callable[[SpatialData], str | None],
     shapes_key: str | Sequence[str] | None,
@@ -227,13 +226,13 @@ def canvases(
     coordinate_system: str | None,
 ) -> list[Canvas]:
     """Return the slides with predictions in an object, a table, or a list or dict of them."""
-    options = {name: value for name, value in locals().items() if name != "data"}
+    keys = (prediction_key, table_key, shapes_key, image_key, coordinate_system)
     if isinstance(data, list | tuple | Mapping):
         if not len(data):
             raise ValueError("`sdata` is empty; at least one object is needed")
         slides = []
         for name, item in data.items() if isinstance(data, Mapping) else [("", item) for item in data]:
-            for canvas in canvases(item, **options):
+            for canvas in canvases(item, *keys):
                 label = " ".join(part for part in (str(name), canvas.name) if part)
                 slides.append(replace(canvas, name=label or str(sections_of(canvas.table)[0])))
         n_named = Counter(canvas.name for canvas in slides)
@@ -303,12 +302,13 @@ def axes_for(
     side_width: float = 0.0,
     save: str | Path | None = None,
 ) -> list[Axes]:
-    """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``figsize``, ``title`` and ``save``.
+    """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``ncols``, ``figsize``, ``title`` and ``save``.
 
     Panels of tissue have an ``aspect`` (height to width) and are packed, with ``side_width`` inches for colour bars or legends.
     """
     import matplotlib.pyplot as plt
 
+    validate.whole_number(ncols, "ncols")
     if save is not None:
         _file_of(save)
     if title is not None and not isinstance(title, str) and len(validate.names(title, "title")) != n:

@@ -83,7 +83,7 @@ def concordance(
     if "predictor" in table:
         table = table[table["predictor"] == table["predictor"].iloc[0]]
     groups = list(dict.fromkeys(frame["group"]))
-    wanted = groups if group is None else [group] if isinstance(group, str) else list(group)
+    wanted = groups if group is None else validate.names(group, "group", least=1, one=True)
     validate.all_in(wanted, groups, "group", "was not compared")
     named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
     named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")

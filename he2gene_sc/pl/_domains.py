@@ -11,14 +11,14 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
-from .._core.names import names_of
+from .._core.names import annotation_target, names_of, stored_colours
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
 from ..tl._domains.domain_preservation import MIN_SPOTS
 from ._canvas import Canvas, finish
-from ._panels import Panel, Style, draw_panels, stored_colours
+from ._panels import Panel, Style, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -126,10 +126,11 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
 
 
 def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
-    """Return the slide of the section, or ``None`` without an image."""
-    if not getattr(data, "images", None):
+    """Return the slide of the section, or ``None`` without an image or if the table annotates nothing."""
+    attrs = annotation_target(table)
+    if attrs is None or not getattr(data, "images", None):
         return None
-    regions = table.obs[table.uns["spatialdata_attrs"]["region_key"]]
+    regions = table.obs[attrs["region_key"]]
     shapes = regions.iloc[spots[0]]
     try:
         slides = slides_of(data, table, prediction)

@@ -12,6 +12,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import Keys
+from .._core.names import stored_colours
 from ._canvas import Canvas, axes_for, panel_pixels
 
 if TYPE_CHECKING:
@@ -98,37 +99,26 @@ def draw_panels(
     options: dict[str, Any] = {"figsize": figsize, "title": title, "save": save}
     axes = axes_for(len(panels), ax, ncols, width, aspect=aspect, side_width=2.0 if has_side_legend else 1.0, **options)
     try:
-        _draw(panels, style, axes, boxes, norms)
+        for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
+            _draw_region(panel, style, axis, box, norm)
+            corners = panel.canvas.frame(axis, box)
+            if style.inset is not None:
+                _draw_inset(panel, style, axis, box, norm, corners.pop(0))
+            axis.set_title(panel.title, fontsize="medium")
+            if panel.caption:
+                axis.set_xlabel(panel.caption, fontsize="small", color="0.35")
+            for spine in axis.spines.values():
+                spine.set_visible(style.frameon)
+            if norm is not None:
+                _add_colorbar(axis, norm, style.cmap, panel.label)
+                _add_grey_legend(axis, panel, corners[0])
+            elif panel.values is not None and style.legend_loc not in (None, "none"):
+                _add_legend(axis, panel, style.legend_loc)
     except BaseException:
         if ax is None:
             plt.close(axes[0].figure.canvas.figure)
         raise
     return axes
-
-
-def _draw(
-    panels: list[Panel],
-    style: Style,
-    axes: list[Axes],
-    boxes: Sequence[tuple[float, ...]],
-    norms: list[Normalize | None],
-) -> None:
-    """Draw each panel with its frame, title, inset, and colour bar or legend."""
-    for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
-        _draw_region(panel, style, axis, box, norm)
-        corners = panel.canvas.frame(axis, box)
-        if style.inset is not None:
-            _draw_inset(panel, style, axis, box, norm, corners.pop(0))
-        axis.set_title(panel.title, fontsize="medium")
-        if panel.caption:
-            axis.set_xlabel(panel.caption, fontsize="small", color="0.35")
-        for spine in axis.spines.values():
-            spine.set_visible(style.frameon)
-        if norm is not None:
-            _add_colorbar(axis, norm, style.cmap, panel.label)
-            _add_grey_legend(axis, panel, corners[0])
-        elif panel.values is not None and style.legend_loc not in (None, "none"):
-            _add_legend(axis, panel, style.legend_loc)
 
 
 def _draw_region(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
@@ -256,19 +246,6 @@ def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: A
     all_colours = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(others)}
     all_colours |= GREYS | stored | model_colours
     return {label: all_colours[label] for label in labels} | _palette_colours(palette, list(labels))
-
-
-def stored_colours(table: AnnData, column: str) -> dict[str, str]:
-    """Return the colour in ``uns`` of each label of a column; empty if the colours do not match its categories."""
-    values = table.obs.get(column)
-    colours = np.asarray(table.uns.get(f"{column}_colors", ()), object).ravel()
-    if (
-        values is None
-        or not isinstance(values.dtype, pd.CategoricalDtype)
-        or len(colours) != values.cat.categories.size
-    ):
-        return {}
-    return dict(zip(map(str, values.cat.categories), map(str, colours), strict=True))
 
 
 def check_palette(palette: Any, panels: list[Panel]) -> None:

@@ -15,7 +15,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
-from .._core.predictions import IF_NONE_RELIABLE, predicting_model, symbols_of
+from .._core.predictions import IF_NONE_RELIABLE, gene_flags, predicting_model, symbols_of
 from .._core.results import find_result
 from .._core.spots import get_table
 from ._canvas import NAME_SIZE, axes_for, finish, name_points
@@ -228,7 +228,7 @@ def _model_genes(
     matched = match_genes(loaded, table, None, symbols_of(table, record, gene_symbols))
     genes = loaded.genes.iloc[matched.positions]
     genes = genes.assign(symbol=genes.index).set_axis(table.var_names[matched.columns], axis=0)
-    return genes[table.var[keys.predicted].to_numpy(bool)[matched.columns]], loaded.card.reliable_rule
+    return genes[gene_flags(table, keys.predicted)[matched.columns]], loaded.card.reliable_rule
 
 
 def _evaluated_genes(

@@ -16,7 +16,7 @@ from .._core.genes import columns_of
 from .._core.keys import OWN_TABLE, Keys
 from .._core.matrix import dense, layer_label, matrix_of
 from .._core.ownership import is_prediction, is_record_of
-from .._core.predictions import predicted_layer, predicted_table, record_of, symbols_of
+from .._core.predictions import gene_flags, predicted_layer, predicted_table, record_of, symbols_of
 from .._core.results import scores_of
 from ..stats import pearson
 from ._canvas import Canvas, canvases, finish, on_glass
@@ -157,18 +157,10 @@ def spatial(
     """
     validate.arguments(spatial, locals())
     style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
-    if ncols is not None:
-        validate.whole_number(ncols, "ncols")
     names = [*_as_list(genes, "genes"), *_as_list(color, "color")]
     keys = Keys(prediction_key)
-    slides = canvases(
-        sdata,
-        prediction_key=prediction_key,
-        table_key=table_key or (lambda item: _table_with(item, names, prediction_key)),
-        shapes_key=shapes_key,
-        image_key=image_key,
-        coordinate_system=coordinate_system,
-    )
+    chosen_table = table_key or (lambda item: _table_with(item, names, prediction_key))
+    slides = canvases(sdata, prediction_key, chosen_table, shapes_key, image_key, coordinate_system)
     if "probabilities" in names:
         classes = list(dict.fromkeys(label for slide in slides for label in _classes(slide.table, keys)))
         if without := [slide.name for slide in slides if not _classes(slide.table, keys)]:
@@ -311,10 +303,11 @@ def _gene_panels(
     predicted[glass] = np.nan
     truth, were_counts = _measured(table, var_names, measured) or (None, False)
     facts = table.var.loc[var_names]
+    reliable = dict(zip(table.var_names, gene_flags(table, keys.reliable), strict=True))
     is_prediction_drawn = drawn_layer == model_layer
     out: dict[int, list[Panel]] = {}
     for j, i in enumerate(genes):
-        mark = "" if bool(facts[keys.reliable].iloc[j]) else " (not reliable)"
+        mark = "" if reliable[genes[i]] else " (not reliable)"
         correlations = [
             f"{text} r = {facts[name].iloc[j]:.2f}"
             for text, name in (("held-out", keys.pcc), ("new patients", keys.pcc_new_patient))
@@ -371,7 +364,9 @@ def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
     if not is_prediction(table.uns.get(keys.uns)):
         return np.full(len(names), -1)
     columns = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
-    known = np.append(table.var[keys.predicted].to_numpy(bool), False)
+    if (columns < 0).all():
+        return columns
+    known = np.append(gene_flags(table, keys.predicted), False)
     return np.where(known[columns], columns, -1)
 
 

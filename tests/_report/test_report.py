@@ -1,5 +1,6 @@
 """A report is one HTML file that begins with what holds for a new patient, without external resources or scripts."""
 
+import errno
 import re
 from html.parser import HTMLParser
 from importlib import import_module
@@ -262,6 +263,13 @@ def test_no_page_of_a_folder_replaces_another(monkeypatch, tmp_path):
     assert "none: RuntimeError: no such thing" in Page(index).text
 
 
+@pytest.mark.parametrize("content", [b"", b"path,output\na,b\nc,d,e\n", b"path,output\n\xff,b\n"])
+def test_a_damaged_summary_is_named(tmp_path, content):
+    (tmp_path / "summary.csv").write_bytes(content)
+    with pytest.raises(OSError, match=r"`data` '.*summary\.csv' is (empty|damaged)"):
+        hg.report(tmp_path / "summary.csv", tmp_path / "out")
+
+
 def test_a_damaged_store_does_not_stop_the_others(tmp_path):
     (tmp_path / "in" / "bad.zarr").mkdir(parents=True)
     (tmp_path / "in" / "bad.zarr" / "zarr.json").write_text("{")
@@ -274,7 +282,7 @@ def test_invalid_paths_and_rows_without_a_store_raise(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'output' has missing values in rows 1; add the stores"):
         hg.report(pd.DataFrame({"output": ["a.zarr", np.nan]}), tmp_path / "out")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"`path`: '.*file' is a file, or inside a file"):
+    with pytest.raises(ValueError, match=r"`path` '.*file' is or lies in the file"):
         hg.report([tmp_path / "a.zarr"], tmp_path / "file")
 
     def read_only(**_):
@@ -283,6 +291,14 @@ def test_invalid_paths_and_rows_without_a_store_raise(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", read_only)
     with pytest.raises(PermissionError, match=r"`path` .*a\.html' lies in a folder that cannot be written to"):
         check_new_file(tmp_path / "a.html", "path", (".html",), overwrite=False)
+
+    def full(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(OSError, match=r"`path` .*a\.html' .*\(No space left on device") as raised:
+        check_new_file(tmp_path / "a.html", "path", (".html",), overwrite=False)
+    assert (type(raised.value), raised.value.errno) == (OSError, errno.ENOSPC)
 
 
 def test_only_our_pages_are_replaced(plain, tmp_path):

@@ -2,12 +2,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -256,6 +258,29 @@ def test_demo_reports_model_colour_and_ceiling_and_speed(demo):
     assert all(np.isfinite(float(number)) for row in lines[head + 2 : head + 4] for number in row[-3:])
     assert "12 spots" in output
     assert "spots/s" in output
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_demo_of_a_model_without_classes_skips_the_annotation(tiny_model, monkeypatch, tmp_path, labelled):
+    from he2gene_sc.cli import demo as _demo
+    from he2gene_sc.models._embedding import NO_CONTEXT
+    from he2gene_sc.models._network import Network
+
+    tensors = {name: value for name, value in tiny_model.tensors.items() if not name.startswith("annotation")}
+    genes = tiny_model.genes.rename({"ERBB2": "X1", "CD24": "X2", "COL1A1": "X3", "FASN": "X4"})
+    model = replace(
+        tiny_model, card=replace(tiny_model.card, classes=(), class_colors=()), genes=genes, tensors=tensors
+    )
+    heads = {name: torch.from_numpy(value) for name, value in tensors.items()}
+    model.__dict__["network"] = Network(tiny_model.network.extractor, heads, NO_CONTEXT)
+    toy = hg.datasets.toy((3, 4), mpp=2.0)
+    if not labelled:
+        toy["table"].obs["annotation"] = np.nan
+    monkeypatch.setattr(_demo, "_load", lambda *_: ("toy", toy))
+    lines = []
+    _demo.run("C5", tmp_path, model, lines.append, lambda *_: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.zarr", "genes.png", "genes.csv"}
+    assert "annotation" not in " ".join(lines).replace(str(tmp_path), "").lower()
 
 
 @pytest.mark.parametrize(

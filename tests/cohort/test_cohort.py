@@ -483,6 +483,12 @@ def test_a_slide_that_kills_workers_is_tried_alone_without_limits(monkeypatch):
     assert started == [(2, False), (1, True)]
 
 
+def test_local_workers_are_not_planned_beside_a_client(monkeypatch):
+    monkeypatch.setattr(cohort, "workers_here", lambda *_: pytest.fail("local GPUs were counted"))
+    monkeypatch.setattr(cohort, "_results", lambda client, todo, killed=None: iter([(client, todo)]))
+    assert list(cohort._predicted("client", {0: None}, None, "auto")) == [("client", {0: None})]
+
+
 @pytest.mark.parametrize(
     ("n_slides", "n_workers", "threads"), [(8, 2, "4"), (1, None, "8"), (8, 8, "1"), (20, 16, "1")]
 )
@@ -659,6 +665,9 @@ def test_a_slide_that_is_listed_twice_is_warned_of(tmp_path):
     # Two models for one slide are allowed.
     frame = pd.DataFrame({"path": slides, "model": ["breast-her2st", "other"]})
     read_jobs(frame, {}, **GIVEN)
+    (tmp_path / "a.csv").write_text("path,output,model\nA.svs,1.zarr,breast-her2st\nA.svs,2.zarr,breast-her2st\n")
+    with pytest.warns(UserWarning, match="are the same slide: it is predicted twice"):
+        read_jobs(tmp_path / "a.csv", {}, **GIVEN)
 
 
 @pytest.mark.parametrize("folder", ["file", "file/out", "A.zarr/tables"])

@@ -82,6 +82,15 @@ def test_objects_are_as_qupath_writes_them(predicted, tmp_path):
     assert outline.area == pytest.approx(np.pi * 25**2, rel=0.01)
 
 
+def test_colours_that_do_not_match_the_classes_are_left_out(predicted, tmp_path):
+    predicted["table"].uns["he2gene_annotation_colors"] = ["#d62728"]
+    features = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())["features"]
+    assert [feature["properties"].get("classification") for feature in features[:2]] == [
+        None,
+        {"name": "invasive cancer"},
+    ]
+
+
 def test_coordinates_are_pixels_of_the_image_for_any_unit_of_the_spots(predicted, tmp_path):
     before = json.loads(hg.io.to_geojson(predicted, tmp_path / "a.geojson").read_text())
     # Image and spots move in the coordinate system; the pixels of the spots stay the same.
@@ -170,6 +179,49 @@ def test_files_of_older_versions_and_compressed_ones_are_read(toy, tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"`path` '.*\.zip' is not GeoJSON; in QuPath run File > Export"):
             hg.io.read_geojson(toy, tmp_path / name)
+
+
+def test_a_zip_file_of_macos_is_read(toy, tmp_path):
+    path = write(tmp_path / "a.geojson", (square(toy, 0), "Tumor"))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("export/", "")
+        archive.write(path, "export/a.geojson")
+        archive.writestr("__MACOSX/export/._a.geojson", b"\0\5\x16")
+    hg.io.read_geojson(toy, tmp_path / "a.zip")
+    assert labels(toy)[0] == "Tumor"
+
+
+@pytest.mark.parametrize("damage", ["content", "encrypted", "two files", "no file"])
+def test_a_zip_file_that_cannot_be_read_is_named(toy, tmp_path, damage):
+    text = write(tmp_path / "a.geojson", (square(toy, 0), "Tumor")).read_text()
+    names = {"two files": ["a.geojson", "b.geojson"], "no file": ["a/"]}.get(damage, ["a.geojson"])
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, text)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    if damage == "content":
+        content[50:70] = b"\xff" * 20
+    elif damage == "encrypted":
+        content[6] |= 1
+        content[content.rfind(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    reason = {
+        "content": "Error -3",
+        "encrypted": "is encrypted",
+        "two files": "holds 2 files",
+        "no file": "holds 0 files",
+    }
+    with pytest.raises(ValueError, match=rf"`path` '.*\.zip' is not GeoJSON; .*{reason[damage]}"):
+        hg.io.read_geojson(toy, tmp_path / "a.zip")
+
+
+def test_a_file_in_a_store_is_refused(predicted, tmp_path):
+    store = hg.io.save(predicted, tmp_path / "slide.zarr")
+    with pytest.raises(
+        ValueError, match=r"`path` '.*a\.geojson' lies in the store '.*slide\.zarr'; name a file beside it"
+    ):
+        hg.io.to_geojson(predicted, store / "a.geojson")
+    assert not (store / "a.geojson").exists()
 
 
 def test_a_table_and_genes_without_values_are_not_written(predicted, tmp_path):

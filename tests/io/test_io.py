@@ -602,6 +602,12 @@ def test_damaged_text_files_are_named(tmp_path, parameter, damage):
         hg.io.read_st(**{**files, parameter: tmp_path / "bad.tsv.gz"})
 
 
+def test_array_positions_may_be_texts(tmp_path):
+    counts, spots, _ = section(tmp_path)
+    as_texts = hg.io.read_st(counts, spots.astype({"x": str, "y": str}))["table"].obs
+    pd.testing.assert_frame_equal(as_texts, hg.io.read_st(counts, spots)["table"].obs)
+
+
 def test_counts_without_genes_are_refused(tmp_path):
     counts, spots, _ = section(tmp_path)
     with pytest.raises(ValueError, match="`counts` of section 'section' has no genes"):

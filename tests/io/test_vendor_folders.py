@@ -58,8 +58,7 @@ def predicted(sdata, model):
 def clean(tmp_path_factory, tiny_model):
     """Folder and prediction of each kind, as they should be."""
     made = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         for kind, write in WRITERS.items():
             folder = tmp_path_factory.mktemp(kind) / "clean"
             folder.mkdir()

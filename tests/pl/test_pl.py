@@ -68,6 +68,17 @@ def test_spatial_draws_the_measured_beside_the_predicted(predicted):
     ]
 
 
+@pytest.mark.parametrize("column", ["he2gene_predicted", "he2gene_reliable"])
+def test_spatial_refuses_genes_with_unknown_flags_as_get_does(predicted, column):
+    # An outer concatenation of tables with different genes leaves missing values.
+    var = predicted["table"].var
+    var[column] = var[column].astype(object).where(var.index != "ERBB2", np.nan)
+    for draw in (lambda: hg.pl.spatial(predicted, "ERBB2"), lambda: hg.get.genes(predicted, reliable=True)):
+        with pytest.raises(ValueError, match=rf"var\['{column}'\] is neither True nor False for 1 genes"):
+            draw()
+    assert hg.pl.spatial(predicted, color="confidence").get_title() == "confidence"
+
+
 def test_spatial_returns_a_single_axes_for_a_single_panel(predicted):
     assert isinstance(hg.pl.spatial(predicted, "ERBB2", measured=False), plt.Axes)
 

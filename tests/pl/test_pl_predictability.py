@@ -101,6 +101,11 @@ def test_the_column_of_symbols_is_the_one_that_predict_recorded(bundled):
     best = bundled.genes["pcc"].iloc[:50].to_numpy().argsort()[::-1][:2]
     assert [text.get_text() for text in recorded.texts] == [f"g{i}" for i in best]
     assert [text.get_text() for text in stated.texts] == [f"g{i}" for i in best]
+    table.var["he2gene_predicted"] = (
+        table.var["he2gene_predicted"].astype(object).where(table.var_names != "g0", np.nan)
+    )
+    with pytest.raises(ValueError, match=r"var\['he2gene_predicted'\] is neither True nor False for 1 genes"):
+        hg.pl.predictability(table)
 
 
 def test_without_a_reliable_gene_the_legend_says_what_can_be_done(bundled):

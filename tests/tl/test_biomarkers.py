@@ -891,6 +891,8 @@ def test_plots_of_untested_genes_raise(tmp_path):
         hg.pl.biomarkers(tables, kind="bar")
     with pytest.raises(ValueError, match=r"`genes` \['no'\] were not tested"):
         hg.pl.biomarkers(tables, genes="no")
+    with pytest.raises(ValueError, match="`ncols` is 0; a whole number from 1 is needed"):
+        hg.pl.biomarkers(tables, ncols=0)
     hg.pl.biomarkers(tables, "tumour", save=tmp_path / "v.png")
     assert (tmp_path / "v.png").exists()
 
@@ -1077,6 +1079,10 @@ def test_concordance_survives_zarr_and_can_be_plotted(tmp_path):
     assert "Spearman: reliable" in ax.get_title()
     with pytest.raises(ValueError, match=r"`group` \['no'\] was not compared"):
         hg.pl.concordance(back, "no")
+    with pytest.raises(ValueError, match=r"`group` is \[\]; a list of texts, at least 1, is needed"):
+        hg.pl.concordance(back, [])
+    with pytest.raises(ValueError, match="`ncols` is 0; a whole number from 1 is needed"):
+        hg.pl.concordance(back, ncols=0)
 
 
 # ----------------------------------------------------------------------------------------------- enrichment

@@ -555,6 +555,12 @@ def test_without_an_image_only_spots_are_drawn_in_the_colours_of_their_domains(s
             assert colour_of(annotation, i) == colour_of(measured, i) is not None
 
 
+def test_a_table_that_annotates_nothing_is_drawn_without_its_image(toy):
+    del toy["table"].uns["spatialdata_attrs"]
+    run(toy, layer=None)
+    assert [ax.get_title().split("\n")[0] for ax in hg.pl.domains(toy)] == ["annotation", "measured"]
+
+
 @pytest.mark.data
 @pytest.mark.slow
 def test_measured_clusters_of_a1_preserve_the_pathologists_domains(her2st):

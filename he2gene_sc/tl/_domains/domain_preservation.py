@@ -16,6 +16,7 @@ from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots,
 from ..._core.expression import Scale
 from ..._core.keys import OWN_TABLE, Keys, check_key
 from ..._core.labelled import paired_layers
+from ..._core.names import stored_colours
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.results import write_result
@@ -364,11 +365,7 @@ def _columns(
     table: AnnData, domain_key: str, cluster_names: Mapping[str, pd.Series], names: list[str]
 ) -> tuple[dict[str, pd.Categorical], dict[str, np.ndarray]]:
     """Categorical columns in the order of the domains, and their colours."""
-    column = table.obs[domain_key]
-    known = table.uns.get(f"{domain_key}_colors")
-    colours = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)}
-    if known is not None and isinstance(column.dtype, pd.CategoricalDtype) and len(known) == len(column.cat.categories):
-        colours |= {str(name): str(colour) for name, colour in zip(column.cat.categories, known, strict=True)}
+    colours = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(names)} | stored_colours(table, domain_key)
     columns, written = {}, {}
     for key, values in cluster_names.items():
         present = set(values.dropna())

@@ -48,8 +48,7 @@ class Odd:
 
 def outcome(odd: Odd) -> tuple[str, str]:
     """Run an odd input; return the outcome, one of GOOD and BAD, and the message."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         call, objects, clean = odd.make()
     before = [fingerprint(each) for each in objects]
     WORK["images"] = 0
@@ -173,8 +172,7 @@ def tiny():
             return torch.relu(self.inner(images)).mean((2, 3))
 
     encoder = Counting().eval(), hg.models.EncoderSpec("tiny-odd", input_px=32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         sections = [labelled(seed) for seed in range(2)]
         model = hg.tl.train(sections, annotation_key="annotation", encoder=encoder, show_progress_bar=False)
     return encoder, model

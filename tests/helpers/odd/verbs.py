@@ -205,7 +205,6 @@ def clean(name: str) -> Any:
 
     verb = VERBS[name]
     objects = verb.inputs()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         returned = verb.call(objects, **arguments(name))
     return verb.read(objects, returned)
