@@ -88,8 +88,9 @@ def _first_line(section: str, model: HE2Gene) -> str:
     if section in trained:
         return f"NOTE: section {section} is in the training set of {model.name}: the metrics below are optimistic."
     siblings = sorted(name for name, facts in trained.items() if facts["patient"] == section[:1])
-    known = f", though on its patient's sections {', '.join(siblings)}" if siblings else " nor on its patient"
-    return f"Section {section}, which {model.name} was not trained on{known}."
+    if siblings:
+        return f"{model.name} was not trained on section {section}, but on other sections of its patient: {', '.join(siblings)}."
+    return f"{model.name} was trained neither on section {section} nor on its patient."
 
 
 def _load(section: str, echo: Echo) -> tuple[str, SpatialData]:
@@ -210,7 +211,7 @@ def _report(genes: pd.DataFrame, panels: pd.DataFrame, table: AnnData, echo: Ech
         ],
     )
     reliable = int(by_name["reliable"].sum())
-    echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} are not to be trusted one by one.")
+    echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} should not be interpreted individually.")
     if "he2gene_annotation" in table.obs and table.obs["annotation"].notna().any():
         known = table.obs["annotation"].notna() & table.obs["he2gene_annotation"].notna()
         same = table.obs["annotation"].astype(str)[known] == table.obs["he2gene_annotation"].astype(str)[known]

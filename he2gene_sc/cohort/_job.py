@@ -222,7 +222,10 @@ def _matches(table: Path, record: Mapping[str, Any], job: Job, model: HE2Gene) -
 
 
 def _same_patient(record: Mapping[str, Any], known_patient: bool | None) -> bool:
-    """Whether reliable genes were flagged for the requested kind of patient; without training sections, that is a new one."""
+    """Whether reliable genes were flagged for the requested kind of patient.
+
+    Without known training sections, the patient counts as new.
+    """
     if "known_sections" in record and "known_patient" not in _values(record.get("given", [])):
         return known_patient is None
     found = _plain(record.get("known_patient"))

@@ -243,8 +243,8 @@ def _check_lattice(position: np.ndarray, pixels: np.ndarray, path: Path) -> None
     off = np.sqrt(np.square(pixels - design @ fit).sum(axis=1).mean())
     if not off <= _MAX_OFF_LATTICE * pitch:
         raise ValueError(
-            f"{path.name}: the pixels are {off:.0f} px off the lattice that the names of the spots describe (pitch "
-            f"{pitch:.0f} px); check that names and pixels are of one section"
+            f"{path.name}: the pixels differ by {off:.0f} px from the array positions in the spot names (pitch {pitch:.0f} px); "
+            "check that names and pixels are of one section"
         )
 
 

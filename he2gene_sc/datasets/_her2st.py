@@ -55,8 +55,8 @@ def her2st(section: str) -> SpatialData:
         - ``pathologist``: the pathologist's label, missing in sections without annotation;
         - ``annotation``: the best label for training: the pathologist's, else the transferred consensus;
         - ``annotation_source``: ``"pathologist"`` or ``"transferred"``;
-        - ``label_warp``: the label of the nearest spot of the annotated adjacent section. It was chosen without using
-          expression, so expression may be evaluated against it, or better against ``pathologist``.
+        - ``label_warp``: the label of the nearest spot of the annotated adjacent section. The label does not use
+          expression, so it can be used for evaluation. Prefer ``pathologist``.
 
         Transferred labels are derived data: they are only included if the local folder has ``ST-pat/lbl_transferred``.
 

@@ -175,7 +175,7 @@ def check_new_file(path: str | Path, parameter: str, suffixes: tuple[str, ...] =
 
 
 def check_own_files(table: Path, columns: str, what: str, others: Iterable[Path] = ()) -> None:
-    """Raise if files would be replaced that the same command did not write: its table begins with these columns."""
+    """Raise if a file exists that another command wrote. Own tables begin with ``columns``."""
     found = [path for path in (table, *others) if path.exists()]
     if table.is_file():
         with table.open("rb") as file:

@@ -193,8 +193,8 @@ def _upright(path: Path) -> list[Any]:
     decoded = decode(path)
     if decoded.orientation != 1:
         raise ValueError(
-            f"`image` {path.name!r} is stored mirrored or rotated (orientation {decoded.orientation}), and the pixels of "
-            "`spots` may refer to it as stored or upright; save it without that tag, in the frame of the spots"
+            f"`image` {path.name!r} is stored mirrored or rotated (orientation {decoded.orientation}). It is unclear whether the "
+            "spots refer to the stored or the upright image. Save the image in the orientation of the spots, without the tag"
         )
     return decoded.levels
 

@@ -166,8 +166,8 @@ def _refuse_loss(
             item for item in difference.altered if item not in items and (item in maybe or NOT_COMPARED in maybe)
         ]
         if items or uncertain:
-            since = "" if as_read else " (saved by another since it was read)"
-            noted_items = [f"{item} (maybe changed by another since it was read)" for item in uncertain]
+            since = "" if as_read else " (another process saved it after you read it)"
+            noted_items = [f"{item} (another process may have changed it after you read it)" for item in uncertain]
             lost.append(f"{key}{since}: {', '.join(items + noted_items)}")
             is_uncertain |= bool(uncertain)
     if lost:
@@ -176,8 +176,8 @@ def _refuse_loss(
             "you changed these values yourself, pass overwrite=True."
         )
         raise FileExistsError(
-            f"`sdata` would overwrite what its store {str(store)!r} holds and it does not: {'; '.join(lost)}. Read the store "
-            f"again, or pass overwrite=True to replace it.{why if is_uncertain else ''}"
+            f"Saving `sdata` would remove data that only the store {str(store)!r} holds: {'; '.join(lost)}. Read the store again, "
+            f"or pass overwrite=True to replace it.{why if is_uncertain else ''}"
         )
 
 
@@ -284,8 +284,7 @@ def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
     """Reopen lazy arrays of written elements from the present store."""
     lazy = [c for c in changes if c.kind != "tables" and not c.metadata_only and is_lazy(c.element)]
     stored = read_elements(store, {change.kind for change in lazy})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         for change in lazy:
             getattr(sdata, change.kind)[change.name] = stored[change.name]
         for change in changes:

@@ -141,7 +141,7 @@ def test_concurrent_changes_are_kept_and_the_prediction_is_written_to_another_st
     monkeypatch.setattr(hg.tl, "predict", while_another_saves)
     code, _, err = main("predict", store)
     assert code == 1
-    assert "saved by another since it was read" in err
+    assert "another process saved it after you read it" in err
     assert "The prediction is in" in err
     kept = sd.read_zarr(store)["table"]
     assert "theirs" in kept.obs
@@ -287,8 +287,8 @@ def test_demo_of_a_model_without_classes_skips_the_annotation(tiny_model, monkey
     ("section", "first_line"),
     [
         ("C2", "NOTE: section C2 is in the training set of breast-her2st: the metrics below are optimistic."),
-        ("C5", "Section C5, which breast-her2st was not trained on, though on its patient's sections C2, C3, C4."),
-        ("G2", "Section G2, which breast-her2st was not trained on nor on its patient."),
+        ("C5", "breast-her2st was not trained on section C5, but on other sections of its patient: C2, C3, C4."),
+        ("G2", "breast-her2st was trained neither on section G2 nor on its patient."),
     ],
 )
 def test_demo_first_states_whether_the_section_was_held_out(section, first_line, monkeypatch, tmp_path):

@@ -28,8 +28,7 @@ def root(hbcis_root, tmp_path):
 
 @pytest.fixture(scope="module")
 def section(hbcis_root):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         return hg.datasets.hbcis(hbcis_root)["BC23901_C2"]
 
 
@@ -364,7 +363,7 @@ def test_invalid_counts_are_refused(root, change, problem):
     [
         (lambda f: f.rename(columns={"X": "x"}), r"lacks the columns \['X'\]; it has \['x', 'Y'\]"),
         (lambda f: f.assign(X=f["X"].where(f.index != "8x10")), r"spots \['8x10'\] have no pixels"),
-        (lambda f: f.sample(frac=1, random_state=0).set_axis(f.index), "px off the lattice"),
+        (lambda f: f.sample(frac=1, random_state=0).set_axis(f.index), "px from the array positions"),
         (lambda f: f[:6], "one row or column"),
         (lambda f: f + 300, "spots lie outside HE_BC23209_C1.jpg"),
     ],

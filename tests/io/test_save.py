@@ -271,12 +271,12 @@ def test_changes_that_another_process_saved_are_not_lost(store, change):
     hg.io.save(first)
     second["table"].obs["other"] = 1
     before = digest(store)
-    with pytest.raises(FileExistsError, match="saved by another since it was read.*Read the store again"):
+    with pytest.raises(FileExistsError, match="another process saved it after you read it.*Read the store again"):
         hg.io.save(second)
     assert digest(store) == before
     hg.io.save(second, overwrite=True)
     assert "other" in sd.read_zarr(store)["table"].obs
-    with pytest.raises(FileExistsError, match="saved by another"):
+    with pytest.raises(FileExistsError, match="another process saved it"):
         hg.io.save(first)
 
 
@@ -315,7 +315,7 @@ def test_values_that_other_tools_changed_are_detected_if_the_reading_was_recorde
     stores.remember(sdata, state)
     group = zarr.open_group(store / "tables" / "table", mode="r+", use_consolidated=False)
     write_elem(group, "X", np.ones(sdata["table"].shape, np.float32))
-    with pytest.raises(FileExistsError, match="saved by another since it was read"):
+    with pytest.raises(FileExistsError, match="another process saved it after you read it"):
         hg.io.save(sdata)
 
 
@@ -324,7 +324,7 @@ def test_values_that_other_tools_changed_while_a_slide_was_predicted_are_not_los
     group = zarr.open_group(store / "tables" / "table", mode="r+", use_consolidated=False)
     theirs = np.ones(backed["table"].shape, np.float32)
     write_elem(group, "X", theirs)
-    with pytest.raises(FileExistsError, match="saved by another since it was read"):
+    with pytest.raises(FileExistsError, match="another process saved it after you read it"):
         hg.io.save(backed)
     np.testing.assert_array_equal(sd.read_zarr(store)["table"].X, theirs)
 

@@ -224,7 +224,7 @@ def test_an_attribute_that_another_tool_changed_is_not_put_back(store, name):
     hg.io.save(sdata)
     zarr.open_group(store, mode="r+").attrs["qc"] = 2
     sdata["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=r"attrs \(saved by another since it was read\): .*attrs\['qc'\]"):
+    with pytest.raises(FileExistsError, match=r"attrs \(another process saved it after you read it\): .*attrs\['qc'\]"):
         hg.io.save(sdata)
     assert sd.read_zarr(store).attrs["qc"] == 2
     sdata.attrs["qc"] = 2
@@ -277,7 +277,7 @@ def test_values_that_others_change_after_the_first_call_are_not_lost(store, verb
     theirs["table"].obs["annotation"] = "by hand"
     theirs.delete_element_from_disk("table")
     theirs.write_element("table")
-    with pytest.raises(FileExistsError, match=r"saved by another since it was read.*obs\['annotation'\]"):
+    with pytest.raises(FileExistsError, match=r"another process saved it after you read it.*obs\['annotation'\]"):
         hg.io.save(sdata)
 
 
@@ -473,7 +473,9 @@ def test_values_that_others_change_before_the_first_call_are_not_lost(slide, wha
     mine = _read(slide.path)
     change(slide.path)
     mine["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=rf"{message} \(maybe changed by another.*newer than this Python process"):
+    with pytest.raises(
+        FileExistsError, match=rf"{message} \(another process may have changed it.*newer than this Python process"
+    ):
         hg.io.save(mine)
     assert "n" not in sd.read_zarr(slide.path)["table"].obs
     hg.io.save(mine, overwrite=True)
@@ -489,7 +491,7 @@ def test_values_that_others_change_are_not_lost_though_the_times_of_files_are_se
     for path, stat in before:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     mine["table"].layers["mine"] += 1
-    with pytest.raises(FileExistsError, match=r"saved by another since it was read\): layers\['mine'\]"):
+    with pytest.raises(FileExistsError, match=r"another process saved it after you read it\): layers\['mine'\]"):
         hg.io.save(mine)
     # Hard links and permissions change no values.
     mine = sd.read_zarr(slide.path)
@@ -518,7 +520,7 @@ def test_values_that_could_not_be_compared_may_have_been_changed_by_others(slide
         for name in ("table_difference", "spatial_difference"):
             patch.setattr(concurrent_changes, name, lambda *args, **options: 1 / 0)
         hg.pp.tissue(mine)
-    with pytest.raises(FileExistsError, match=rf"{said} \(maybe changed by another"):
+    with pytest.raises(FileExistsError, match=rf"{said} \(another process may have changed it"):
         hg.io.save(mine)
 
 
@@ -578,7 +580,7 @@ def test_changes_by_others_between_a_save_and_the_next_first_call_are_not_lost(s
     mine = sd.read_zarr(slide.path)
     THEIRS["obs"][0](slide.path)
     mine["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=r"obs\['annotation'\] \(maybe changed by another"):
+    with pytest.raises(FileExistsError, match=r"obs\['annotation'\] \(another process may have changed it"):
         hg.io.save(mine)
 
 
@@ -594,7 +596,7 @@ def test_elements_that_others_move_into_the_store_are_not_lost_though_their_file
     (slide.path / what).rename(tmp_path / "gone")
     (other / what).rename(slide.path / what)
     mine["table"].obs["n"] = 1
-    with pytest.raises(FileExistsError, match=r"tables/table: layers\['mine'\] \(maybe changed by another"):
+    with pytest.raises(FileExistsError, match=r"tables/table: layers\['mine'\] \(another process may have changed it"):
         hg.io.save(mine)
 
 
