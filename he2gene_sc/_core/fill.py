@@ -13,7 +13,7 @@ import pandas as pd
 from ..image import MIN_TISSUE
 from .keys import REGION_FACTS, SPATIAL, Keys
 from .lazy import insert_rows, lazy_layer
-from .names import as_list
+from .names import as_list, stored_colours
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import row_digests, slot_digest
@@ -140,6 +140,9 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         slots["obs"][keys.confidence] = np.where(annotation.codes < 0, np.float32(np.nan), np.max(proba, axis=1))
         slots["obsm"][keys.proba] = pd.DataFrame(proba, index=table.obs_names, columns=list(card.classes))
         colours = dict(zip(card.classes, card.class_colors, strict=True))
+        if (table.uns.get(keys.uns) or {}).get("weights_sha256") == record["weights_sha256"]:
+            # The user may have chosen other colours for the classes since.
+            colours |= stored_colours(table, keys.annotation)
         slots["uns"][keys.colors] = [colours[name] for name in annotation.categories]
     slots["obs"][keys.tissue] = merge(table.obs.get(keys.tissue), stacked.tissue)
     if stacked.ood is not None:

@@ -94,7 +94,7 @@ class Calibration:
         from ..io._files import check_new_file, put_file
 
         path = validate.folder_or_file(path, "path")
-        check_new_file(path, "path", (path.suffix.lower(),), overwrite=True)
+        check_new_file(path, "path", overwrite=True)
         if path.exists():
             try:
                 Calibration.load(path)

@@ -369,6 +369,21 @@ def test_regions_predicted_one_by_one_are_as_by_one_call(toy, tiny_model):
         assert apart["table"].uns["he2gene"][name] == both["table"].uns["he2gene"][name]
 
 
+def test_colours_that_a_user_chose_for_the_classes_are_kept(toy, tiny_model):
+    hg.tl.predict(toy, model=tiny_model)
+    table = toy["table"]
+    classes, drawn = list(table.obs["he2gene_annotation"].cat.categories), list(table.uns["he2gene_annotation_colors"])
+    table.uns["he2gene_annotation_colors"] = ["#123456", *drawn[1:]]
+    hg.tl.predict(toy, model=tiny_model, mpp=3.0)
+    found = dict(
+        zip(table.obs["he2gene_annotation"].cat.categories, table.uns["he2gene_annotation_colors"], strict=True)
+    )
+    assert found == {name: dict(zip(classes, ["#123456", *drawn[1:]], strict=True))[name] for name in found}
+    del table.uns["he2gene_annotation_colors"]
+    hg.tl.predict(toy, model=tiny_model)
+    assert list(table.uns["he2gene_annotation_colors"]) == drawn
+
+
 def test_one_region_of_two_leaves_the_other_empty(toy, tiny_model):
     both, _ = two_regions(toy)
     hg.tl.predict(both, model=tiny_model, shapes_key="more")
