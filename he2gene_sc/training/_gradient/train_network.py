@@ -18,9 +18,8 @@ from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
-from .._predictability import GROUP_UNITS, RELIABLE_PCC
 from .fit import Fitted, fit_network
-from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
+from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, reliable_rule, variable_genes
 from .patches import PatchSet, Split, Targets, balanced_folds, column_means, neighbour_table, split
 from .presets import Preset
 from .run_options import RunOptions
@@ -149,14 +148,11 @@ def _describe(
     metrics: dict[str, Any],
     found: list[HeldOutSection],
 ) -> HE2Gene:
-    patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
-    genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
-    is_grouped = fitted.unit in GROUP_UNITS
+    patient_of = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
+    patients = [patient_of[i] for i in sorted(patient_of)]
     variable = variable_genes(data, np.arange(len(data)))
-    genes["reliable"] = (
-        is_grouped & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC) & (np.nan_to_num(genes["skill"]) > 0)
-    )
     mean = column_means(data.targets, np.arange(len(data)))
+    genes = gene_figures(found, fitted.unit, patients)
     table = metadata.table(np.flatnonzero(data.target_mask), variable, mean, genes)
     spec = fitted.spec
     trained = copy.deepcopy(encoder).cpu()
@@ -170,12 +166,7 @@ def _describe(
         fitted.tensors,
         training=training,
         metrics=metrics,
-        reliable_rule=(
-            "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
-            f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
-            if is_grouped
-            else f"figures of held-out patients or sections say so; there are only those of held-out {fitted.unit}s"
-        ),
+        reliable_rule=reliable_rule(found, fitted.unit, patients),
         limitations=(
             *metadata.limitations,
             *_calibration(fitted, preset),
