@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -77,7 +78,7 @@ def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
-    """Write a model folder to a temporary folder, and move it to ``path``."""
+    """Write a model folder to a temporary folder, read it back, and move it to ``path``."""
     from safetensors.numpy import save_file
 
     check_tensors(card, tensors, f"model {card.name!r}")
@@ -91,6 +92,7 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
         card = replace(card, files=files)
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
+        _read_back(temporary, target.name)
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
         # mkdtemp and safetensors create private files, but a model should be readable by others.
         temporary.chmod(0o755)
@@ -101,6 +103,15 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
+
+
+def _read_back(folder: Path, name: str) -> None:
+    """Raise if a folder that was just written could not be loaded."""
+    try:
+        read(folder)
+    except ValueError as error:
+        found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(folder.name, name))
+        raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
 
 
 def _replace_folder(new: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +39,22 @@ _CORRELATIONS = ("pcc", "pcc_new_patient", "pcc_given_depth", *(f"pcc_{name}" fo
 _GROUPS = ("target", "auxiliary")
 _TRUE, _FALSE = ("True", "TRUE", "true"), ("False", "FALSE", "false")
 _MAX_LISTED = 5
+
+
+def is_identifier(text: str) -> bool:
+    """Return whether a text may be an Ensembl id in the table: printable and without blanks, or empty."""
+    return text.isprintable() and " " not in text
+
+
+def check_identifiers(ensembl_ids: Mapping[str, str]) -> None:
+    """Raise if an Ensembl id by symbol cannot be stored."""
+    if wrong := {symbol: found for symbol, found in ensembl_ids.items() if not is_identifier(str(found))}:
+        raise ValueError(f"`ensembl_ids` has {dict(list(wrong.items())[:_MAX_LISTED])}; ids without blanks are needed")
+
+
+def is_gene_name(text: str) -> bool:
+    """Return whether a text may be the name of a gene in the table."""
+    return bool(text) and text == text.strip() and text.isprintable()
 
 
 def read_genes(path: Path, where: str) -> pd.DataFrame:
@@ -80,7 +96,7 @@ def _check_header(header: list[str], where: str) -> None:
 
 
 def _check_genes(genes: tuple[str, ...], where: str) -> None:
-    blank = [i + 2 for i, gene in enumerate(genes) if not gene or gene != gene.strip() or not gene.isprintable()]
+    blank = [i + 2 for i, gene in enumerate(genes) if not is_gene_name(gene)]
     if blank:
         raise ValueError(
             f"{where}: column 'gene' is empty, or has surrounding blanks or control characters, in rows {blank[:_MAX_LISTED]}"
@@ -99,7 +115,7 @@ def _check_column(name: str, cells: tuple[str, ...], genes: tuple[str, ...], whe
     elif name == "group":
         is_valid, valid = _GROUPS.__contains__, f"one of {list(_GROUPS)}"
     elif name == "ensembl_id":
-        is_valid, valid = lambda cell: cell.isprintable() and " " not in cell, "an id without blanks, or nothing,"
+        is_valid, valid = is_identifier, "an id without blanks, or nothing,"
     elif name in _NUMBERS:
         low, high, valid = -math.inf, math.inf, "a finite number, or nothing,"
         if name in _CORRELATIONS:

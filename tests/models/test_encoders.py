@@ -352,6 +352,8 @@ def test_an_invalid_encoder_raises_with_the_valid_form(encoder):
     ("facts", "message"),
     [
         ({"name": ""}, "`name`"),
+        ({"name": " "}, "`name`"),
+        ({"license": None}, "`license` of encoder 'mine' is None"),
         ({"input_px": 0}, "`input_px`"),
         ({"input_px": 22.4}, "`input_px`"),
         ({"mean": (0.5, 0.5)}, "`mean`"),

@@ -252,6 +252,30 @@ def test_a_diverged_network_raises(paper, preset, tmp_path):
 
 
 @first_preset_only
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": 1}, "`version` is 1; a text"),
+        ({"version": " "}, "`version` is ' '"),
+        ({"name": " "}, "`name` is ' '"),
+        ({"description": None}, "`description` is None"),
+        ({"ensembl_ids": {"ERBB2": "ENSG 1"}}, "`ensembl_ids` has {'ERBB2': 'ENSG 1'}"),
+    ],
+)
+def test_texts_that_cannot_be_stored_raise(checkpoint, preset, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_checkpoint(checkpoint, preset, TARGET, AUX, **options)
+
+
+@first_preset_only
+def test_blanks_around_genes_are_stripped_and_blank_names_raise(checkpoint, preset, tmp_path):
+    found = from_checkpoint(checkpoint, preset, ["ERBB2 ", *TARGET[1:]], AUX)
+    assert load(found.save(tmp_path / "model")).genes.index[0] == "ERBB2"
+    with pytest.raises(ValueError, match=r"`target_genes` holds \[''\]"):
+        from_checkpoint(checkpoint, preset, [" ", *TARGET[1:]], AUX)
+
+
+@first_preset_only
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}])
 def test_a_file_without_a_state_dict_raises(preset, tmp_path, content):
     torch.save(content, tmp_path / "model.pt")

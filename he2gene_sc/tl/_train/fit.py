@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..._core.logs import logger
 from ..._core.validate import format_list
+from ...models._gene_table import is_identifier
 from .._gene_sets import membership, read_net, rename_targets, weights_by_set
 from .arguments import check_features
 from .measured import MeasuredSection, join
@@ -123,7 +124,7 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
     card = plan.card
     return ModelMetadata(
         genes=genes,
-        ensembl_ids=tuple(gene if gene.startswith("ENSG") else plan.ids.get(gene, "") for gene in genes),
+        ensembl_ids=tuple(_ensembl_id(gene, plan.ids) for gene in genes),
         classes=classes,
         class_colors=colours_of(classes, plan.classes.colors),
         encoder=plan.spec,
@@ -135,6 +136,10 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
         limitations=tuple(card.limitations),
         programmes=programmes_of(plan.genes.programmes, genes),
     )
+
+
+def _ensembl_id(gene: str, ids: Mapping[str, str]) -> str:
+    return gene if gene.startswith("ENSG") and is_identifier(gene) else ids.get(gene, "")
 
 
 def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:

@@ -15,6 +15,7 @@ from ..._core import validate
 from ..._core.genes import check_not_probes, current_symbols, find_genes
 from ..._core.logs import logger
 from ..._core.validate import format_list
+from ...models._gene_table import is_gene_name
 from ...models._schema import check_class_names
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
         )
         given = given.where(~absent, pd.Series(table.var_names, dtype=object))
     names = symbols_of(given, symbols)
+    if wrong := [name for name in names if not is_gene_name(name)]:
+        raise ValueError(
+            f"`sdatas`: genes {wrong[:5]} of var have control characters in their names; rename or drop them"
+        )
     if names.has_duplicates:
         duplicates = list(names[names.duplicated()].unique()[:5])
         raise ValueError(

@@ -145,6 +145,7 @@ def train(
     classes = classes if isinstance(classes, Classes) else Classes(merge={} if classes is None else classes)
     card = _or_default(card, CardText, "card")
     validate.one_of(validation, ("grouped", "random"), "validation")
+    validate.name(name, "name")
     if classes.merge and annotation_key is None:
         raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs with the labels")
     folder = None if cache is None else validate.folder_or_file(cache, "cache")
