@@ -18,12 +18,12 @@ import pandas as pd
 
 from ._card import ModelCard
 from ._gene_table import COLUMNS, FIGURES, read_genes
+from ._hub import FILES
 from ._tensors import check_tensors
 
-_CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
+_CARD, _GENES, _WEIGHTS, _README = FILES
 #: Attempts to replace a folder while other processes write the same model.
 _TRIES = 20
-_FILES = (_CARD, _GENES, _WEIGHTS, _README)
 
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
@@ -63,7 +63,7 @@ def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str
     mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
     if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{where}: {len(mismatched)} genes, such as {genes.index[mismatched[:2]].tolist()}, have each other's means: the rows are in "
+            f"{where}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
             "another order than the weights, and each gene would get the values of another; fetch the folder again"
         )
 
@@ -176,7 +176,7 @@ def check_place(path: str | Path) -> Path:
         raise FileExistsError(
             f"`path` {str(path)!r} is the current working directory, which saving would replace; choose another"
         )
-    foreign = sorted(found - set(_FILES))
+    foreign = sorted(found - set(FILES))
     if foreign:
         raise FileExistsError(
             f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "

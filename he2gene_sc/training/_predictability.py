@@ -27,6 +27,8 @@ GROUP_UNITS = ("patient", "section")
 #: Most sections over which the noise ceiling is averaged, and splits per section.
 _CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
 _VALUES_AT_ONCE = 20_000_000
+#: Terms of depth that a correlation given depth is conditioned on.
+_N_DEPTH = 3
 
 
 def bounds(
@@ -72,11 +74,11 @@ def patient_bound(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[st
     return np.stack(found)
 
 
-def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
+def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray) -> np.ndarray:
     """Return the one-sided 95 % lower bound ``(g,)`` of the mean correlation given depth over held-out patients.
 
     It is -1 for genes with too few patients. Since patients are few, the variance between them beyond that of spots
-    (Fisher's z) is pooled over genes (Smyth, Stat Appl Genet Mol Biol 2004). ``n_depth`` is the number of terms of depth.
+    (Fisher's z) is pooled over genes (Smyth, Stat Appl Genet Mol Biol 2004).
     """
     is_measured = np.isfinite(pcc_given_depth)
     n = is_measured.sum(0)
@@ -84,7 +86,7 @@ def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth:
     if not enough.any():
         return np.full(pcc_given_depth.shape[1], -1.0)
     z = np.arctanh(np.clip(np.where(is_measured, pcc_given_depth, 0), -0.999999, 0.999999))
-    error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
+    error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - _N_DEPTH, 0.1)[:, None], 0)
     mean = z.sum(0) / np.maximum(n, 1)
     variance = np.where(is_measured, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1)
     of_spots = error.sum(0) / np.maximum(n, 1)

@@ -426,8 +426,7 @@ def test_the_registered_network_of_the_documentation_trains_and_predicts_by_its_
     torch.save(own_network().state_dict(), "my-encoder.pt")
     slides = [hg.datasets.toy((4, 4), seed=seed) for seed in range(3)]
     names = {"hg": hg, "torch": torch, "MyNetwork": lambda: own_network(seed=1), "sdatas": slides, "__name__": __name__}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         exec(compile(code, "encoders.md", "exec"), names)
         names["model"].save("my-model")
         hg.tl.predict(slides[0], model=hg.models.load("my-model"))

@@ -9,6 +9,7 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models import from_checkpoint, load
+from tests.helpers.pictures import read_all
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def patches():
     """Patches of a spot of the toy slide, in the windows of the paper."""
     (slide,) = resolve(hg.datasets.toy((1, 1), mpp=1.0))
     reader = PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=(50.0, 100.0, 150.0), input_px=224)
-    return reader.read_all()
+    return read_all(reader)
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,9 @@ def test_a_share_that_no_gene_reaches_names_the_largest_share():
 
 
 def test_names_of_genes_with_control_characters_raise():
-    assert_raises([renamed(s, {"ERBB2": "ERBB2\nHER2"}) for s in toys()], r"`sdatas`: genes \['ERBB2\\nHER2'\]")
+    assert_raises(
+        [renamed(s, {"ERBB2": "ERBB2\nHER2"}) for s in toys()], r"`sdatas`: names of genes \['ERBB2\\nHER2'\]"
+    )
 
 
 def test_a_name_like_an_ensembl_id_is_not_stored_as_one(tmp_path):

@@ -73,7 +73,7 @@ def test_the_card_states_the_training_and_the_held_out_spots(model):
     assert card.training["held_out_to_stop"] == {"C1": 20}
     assert (card.training["lr"], card.training["epochs"], card.training["preset"]) == (0.01, 4, "he2gene-base")
     (protocol,) = card.metrics
-    assert "one fold of held-out patients, which also said when to stop" in protocol
+    assert "one fold of held-out patients, also used for early stopping" in protocol
     assert card.metrics[protocol]["mean Pearson, target genes"].keys() == {"C1"}
     assert "calibrated by one temperature on the held-out patients" in card.to_markdown()
     assert card.training["annotation_temperature"] > 0
@@ -203,6 +203,7 @@ def test_sections_of_one_or_two_patients_do_not_make_a_gene_reliable_on_a_new_pa
         assert model.genes["reliable_known_patient"].tolist() == expected.tolist()
         assert f"needs 3 held-out patients; this model has {number}" in model.card.reliable_rule
         assert "No gene is reliable on a new patient" in model.card.limitations[-1]
+        assert f"\n\n{model.card.reliable_rule}.\n" in model.card.to_markdown()
 
 
 def test_a_gene_that_fails_in_one_held_out_patient_is_reliable_only_on_known_patients():
@@ -228,7 +229,7 @@ def test_the_card_says_that_random_validation_leaks(data):
 
 def test_one_patient_or_one_section_give_a_warning(data, caplog):
     zero = np.zeros(100, int)
-    for changes, message in (({}, "SAME patient"), ({"sections": zero}, "SAME section")):
+    for changes, message in (({}, "not for other patients"), ({"sections": zero}, "SAME section")):
         caplog.clear()
         model = train(
             replace(data, patients=zero, **changes),

@@ -68,7 +68,7 @@ def train_network(
     validation: str = "grouped",
     cross_validate: bool = False,
     seed: int = 0,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "cpu",
     show_progress: bool = False,
 ) -> HE2Gene:
     """Train a whole network by a preset, and return that of the best epoch with its card, in single precision.
@@ -122,7 +122,7 @@ def _protocol(unit: str) -> str:
     if unit == "spot":
         return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
     warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
-    return f"one fold of held-out {unit}s, which also said when to stop (so figures are slightly too good){warning}"
+    return f"one fold of held-out {unit}s, also used for early stopping, so metrics are slightly optimistic{warning}"
 
 
 def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
@@ -154,14 +154,14 @@ def _describe(
     mean = column_means(data.targets, np.arange(len(data)))
     genes = gene_figures(found, fitted.unit, patients)
     table = metadata.table(np.flatnonzero(data.target_mask), variable, mean, genes)
-    spec = fitted.spec
+    spec = metadata.encoder
     trained = copy.deepcopy(encoder).cpu()
     trained.load_state_dict(
         {key.removeprefix(ENCODER): torch.from_numpy(v) for key, v in fitted.tensors.items() if key.startswith(ENCODER)}
     )
     if "annotation.weight" not in fitted.tensors:
         metadata = replace(metadata, classes=(), class_colors=())
-    card = replace(metadata, encoder=spec, encoder_sha256=encoder_sha256(trained)).card(
+    card = replace(metadata, encoder_sha256=encoder_sha256(trained)).card(
         table,
         fitted.tensors,
         training=training,
@@ -170,8 +170,7 @@ def _describe(
         limitations=(
             *metadata.limitations,
             *_calibration(fitted, preset),
-            f"Its figures are those of the {preset.train_window_um:g} µm window it was trained on, averaged over "
-            "symmetries; predictions average the windows named above.",
+            f"Metrics use only the training window ({preset.train_window_um:g} µm); predictions average all windows.",
         ),
         fusion="mean",
         tta=preset.tta,
@@ -189,8 +188,8 @@ def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     if fitted.temperature is None:
         return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
     return [
-        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that also "
-        "said when to stop, seen through the training window; predictions average the windows named above."
+        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that were "
+        "also used for early stopping, in the training window; predictions average all windows."
     ]
 
 
