@@ -29,7 +29,7 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
     if dtype.kind != "f":
         hint = " (a full-range uint16 image becomes uint8 by `image // 257`)" if dtype == np.uint16 else ""
         raise ValueError(
-            f"`image_key` {name!r} has pixels of type {dtype}, whose white is unknown; {_EXPECTED_IMAGE}{hint}"
+            f"`image_key` {name!r}: the value of white is unknown for pixels of type {dtype}; {_EXPECTED_IMAGE}{hint}"
         )
     if sample is None or sample.size == 0:
         return 255.0

@@ -128,14 +128,6 @@ class PatchReader:
             pool.shutdown(cancel_futures=True)
             batches.close()
 
-    def read_all(self) -> tuple[np.ndarray, ...]:
-        """Return the patches of all spots in the order of ``centres``: one ``(n, 3, size, size)`` uint8 per window."""
-        out = tuple(np.empty((self.n_spots, 3, w.size, w.size), np.uint8) for w in self.plan.windows)
-        for batch in self:
-            for whole, part in zip(out, batch.patches, strict=True):
-                whole[batch.index] = part
-        return out
-
     def _batches(self, numbers: Collection[int] | None) -> Generator[PatchBatch, None, None]:
         batches, blocks = self.batches, self._blocks
         if numbers is not None:

@@ -133,9 +133,11 @@ class LazySlideModel(_LazySlideBase):
             validate.in_range(value, name, above=0, what="µm per pixel (`wsi.properties.mpp`), a number")
         loaded = load(model)
         self.genes = tuple(loaded.genes.index if genes is None else [genes] if isinstance(genes, str) else genes)
+        if not self.genes:
+            raise ValueError("`genes` is empty; pass names of genes, or None for all genes of the model")
         validate.all_different(self.genes, "genes")
         self._positions = loaded.genes.index.get_indexer(self.genes)
-        if not self.genes or (self._positions < 0).any():
+        if (self._positions < 0).any():
             unknown = [gene for gene, position in zip(self.genes, self._positions, strict=True) if position < 0]
             raise ValueError(
                 f"`genes`: the model does not know {unknown[:5]}; its genes are the index of `hg.models.load().genes`"

@@ -55,7 +55,7 @@ class ModelCard:
     metrics
         Held-out metrics by protocol.
     reliable_rule
-        Conditions for a gene to be called reliable.
+        Conditions for a gene to be called reliable, or whole sentences.
     intended_use, limitations
         Sentences.
     license

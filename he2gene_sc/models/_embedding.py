@@ -27,6 +27,11 @@ _STEPS_PER_RING, _MAX_CELLS, _COLUMNS = 12, 4_000_000, 16
 _POINTS = 5
 
 
+def reciprocal(values: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Return 1 / values where they are usable, else 0."""
+    return np.where(usable, 1 / np.where(usable, values, 1), 0)
+
+
 class Rows(Protocol):
     """Features of spots, ``(n, f)`` float32: an array, or an object that computes rows when they are read."""
 
@@ -102,8 +107,7 @@ class Context:
             own, variance = _moments(features, mean)
             centre = ((n * own + prior * mean) / (n + prior)).astype(np.float32)
             spread = np.sqrt((n * variance + prior * np.square(scale, dtype=np.float64)) / (n + prior))
-        usable = scale > 0
-        return centre, np.where(usable, 1 / np.where(usable, spread, 1), 0).astype(np.float32)
+        return centre, reciprocal(spread, scale > 0).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, for the card."""

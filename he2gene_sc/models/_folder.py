@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -17,12 +18,12 @@ import pandas as pd
 
 from ._card import ModelCard
 from ._gene_table import COLUMNS, FIGURES, read_genes
+from ._hub import FILES
 from ._tensors import check_tensors
 
-_CARD, _GENES, _WEIGHTS, _README = "card.json", "genes.csv", "weights.safetensors", "README.md"
+_CARD, _GENES, _WEIGHTS, _README = FILES
 #: Attempts to replace a folder while other processes write the same model.
 _TRIES = 20
-_FILES = (_CARD, _GENES, _WEIGHTS, _README)
 
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
@@ -62,7 +63,7 @@ def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str
     mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
     if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{where}: {len(mismatched)} genes, such as {genes.index[mismatched[:2]].tolist()}, have each other's means: the rows are in "
+            f"{where}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
             "another order than the weights, and each gene would get the values of another; fetch the folder again"
         )
 
@@ -77,7 +78,7 @@ def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
-    """Write a model folder to a temporary folder, and move it to ``path``."""
+    """Write a model folder to a temporary folder, read it back, and move it to ``path``."""
     from safetensors.numpy import save_file
 
     check_tensors(card, tensors, f"model {card.name!r}")
@@ -91,6 +92,7 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
         card = replace(card, files=files)
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
+        _read_back(temporary, target.name)
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
         # mkdtemp and safetensors create private files, but a model should be readable by others.
         temporary.chmod(0o755)
@@ -101,6 +103,15 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
+
+
+def _read_back(folder: Path, name: str) -> None:
+    """Raise if a folder that was just written could not be loaded."""
+    try:
+        read(folder)
+    except ValueError as error:
+        found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(folder.name, name))
+        raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
 
 
 def _replace_folder(new: Path, target: Path) -> None:
@@ -165,7 +176,7 @@ def check_place(path: str | Path) -> Path:
         raise FileExistsError(
             f"`path` {str(path)!r} is the current working directory, which saving would replace; choose another"
         )
-    foreign = sorted(found - set(_FILES))
+    foreign = sorted(found - set(FILES))
     if foreign:
         raise FileExistsError(
             f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "

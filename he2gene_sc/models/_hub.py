@@ -14,9 +14,10 @@ from urllib.request import getproxies, proxy_bypass
 
 from .._core.logs import logger
 
+#: Files of a model folder.
+FILES = ("card.json", "genes.csv", "weights.safetensors", "README.md")
 _PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_FILES = ("card.json", "genes.csv", "weights.safetensors", "README.md")
 
 #: Seconds after which the hub is taken as unreachable; its client would retry for half a minute.
 _TIMEOUT = 2.0
@@ -24,7 +25,7 @@ _TIMEOUT = 2.0
 LOGIN = "log in by `hf auth login` (`huggingface-cli login` before huggingface_hub 1.0) or set HF_TOKEN"
 OFFLINE = (
     "A machine without network reads the hub's cache: fetch once elsewhere and copy that folder, ~/.cache/huggingface, "
-    "or let HF_HOME name a shared one."
+    "or set HF_HOME to a shared folder."
 )
 
 
@@ -50,7 +51,7 @@ def fetch_folder(address: str) -> tuple[Path, str]:
     page = f"https://huggingface.co/{repository}"
     try:
         with quick_offline():
-            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FILES)))
+            folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
     except Exception as error:  # the hub client and its transport each raise their own types
         kind = kind_of(error)
         if kind == "gated":

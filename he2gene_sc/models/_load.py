@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -73,7 +74,7 @@ def load(
     if not isinstance(model, str | Path):
         raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
     if isinstance(model, str) and model in BUNDLED:
-        return _load_bundled(model)
+        return _copy(_load_bundled(model))
     if is_address(model):
         fetched, source = fetch_folder(model)
         try:
@@ -87,6 +88,13 @@ def load(
             "written 'hf://owner/name'"
         )
     return HE2Gene(*read(folder))
+
+
+def _copy(model: HE2Gene) -> HE2Gene:
+    """Copy card and gene table, which a user may change; arrays and network are shared."""
+    found = replace(model, card=copy.deepcopy(model.card), genes=model.genes.copy(), tensors=dict(model.tensors))
+    object.__setattr__(found, "_original", model)
+    return found
 
 
 @lru_cache(maxsize=4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,8 @@ class HE2Gene:
     encoder: tuple[torch.nn.Module, EncoderSpec] | None = None
     source: str = ""
     allow_encoder_source: bool = False
+    #: The model of which this is a copy; they share one network.
+    _original: HE2Gene | None = field(default=None, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -105,6 +107,8 @@ class HE2Gene:
             If the weights of the model are not finite or do not fit its card, or the encoder has other weights or another
             architecture than in training.
         """
+        if self._original is not None:
+            return self._original.network
         import torch
 
         from ._embedding import NO_CONTEXT, Context

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..image import FAULTS, MIN_TISSUE
-from ._embedding import Rows, row_blocks
+from ._embedding import Rows, reciprocal, row_blocks
 from ._stain import green_excess, stain_of
 
 #: Arrays of an :class:`OODDetector` among the tensors of a model.
@@ -167,8 +167,7 @@ def components(
     features: np.ndarray, mean: np.ndarray, scale: np.ndarray, weights: np.ndarray, projection: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Standardise features by training; return their components ``(n, d)``, and the length of the residual ``(n,)``."""
-    usable = scale > 0
-    z = (features.astype(np.float64) - mean) * np.where(usable, 1 / np.where(usable, scale, 1), 0)
+    z = (features.astype(np.float64) - mean) * reciprocal(scale, scale > 0)
     if not len(weights):
         return z @ projection, np.zeros(len(z))
     z = z * weights

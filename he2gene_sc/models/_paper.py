@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..image._geometry import check_windows
 from ._card import ModelCard
+from ._gene_table import check_identifiers, is_gene_name
 from ._model import ENCODER, HE2Gene
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def from_checkpoint(
         If the file does not exist.
     ValueError
         If the file is truncated, holds pickled objects, or has another layout, if its numbers of genes differ from the
-        lists, or if genes occur twice.
+        lists, if genes occur twice, or if a name, id or text cannot be stored.
 
     Examples
     --------
@@ -98,6 +99,12 @@ def from_checkpoint(
     if preset not in _HEADS:
         raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
     windows_um = check_windows(windows_um)
+    texts = {"description": description, "intended_use": intended_use, "license": license}
+    for parameter, text in ({"name": name or preset, "version": version} | texts).items():
+        if not isinstance(text, str) or (parameter not in texts and not text.strip()):
+            raise ValueError(f"`{parameter}` is {text!r}; a text is needed")
+    known = dict(ensembl_ids or {})
+    check_identifiers(known)
     if not isinstance(path, str | Path):
         raise ValueError(f"`path` is {path!r}; the path of a checkpoint is needed")
     target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
@@ -126,7 +133,6 @@ def from_checkpoint(
     heads = _heads(state, preset, n_genes, encoder.num_features)
     own = {ENCODER + key: value for key, value in encoder.state_dict().items()}
     tensors = {key: np.asarray(value.numpy(), order="C") for key, value in (heads | own).items()}
-    known = dict(ensembl_ids or {})
     genes = pd.DataFrame(
         {
             "ensembl_id": [known.get(g, g.split(".")[0] if re.match(r"ENSG\d{11}(\.\d+)?$", g) else "") for g in names],
@@ -164,13 +170,13 @@ def from_checkpoint(
             "by": "the authors of the paper: 18 patients of HBCIS by their account, not checked here",
         },
         metrics={"held-out figures": "unknown: read from a checkpoint, nothing was held out here"},
-        reliable_rule="held-out figures say so; none are known of this model, so no gene is",
+        reliable_rule="This model has no held-out metrics, so no gene is reliable",
         intended_use=intended_use,
         limitations=(
             "How well it predicts any gene on any tissue is unknown until it is tested there.",
             "It was trained on fresh frozen breast cancer sections of one study, at about 0.69 µm/px.",
             "The probabilities of its annotation are not calibrated.",
-            "What it predicts below 0 is shown as 0.",
+            "Negative predictions are set to 0.",
         ),
         license=license,
         fusion="mean",
@@ -187,8 +193,13 @@ def _names(genes: Sequence[str] | str | Path, parameter: str) -> list[str]:
                 f"`{parameter}` {str(genes)!r} is not a file; a list of genes or a text file is needed"
             )
         genes = file.read_text(encoding="utf-8").splitlines()
-        genes = [line.strip() for line in genes if line.strip()]
-    return [str(gene) for gene in genes]
+        genes = [line for line in genes if line.strip()]
+    names = [str(gene).strip() for gene in genes]
+    if wrong := [name for name in names if not is_gene_name(name)]:
+        raise ValueError(
+            f"`{parameter}` holds {wrong[:_MAX_LISTED]}, which cannot be names of genes; correct or leave them out"
+        )
+    return names
 
 
 def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:

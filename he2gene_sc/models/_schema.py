@@ -208,8 +208,8 @@ def check_card(data: dict[str, Any], where: str) -> None:
         fine and (card.n_latent % 2 or (card.classes and own is None))
     ):
         raise ValueError(
-            f"`model`: {where}: `context.fine_below_mpp` needs an even `n_latent` and an annotation with its own `context`, which lacks "
-            "this field. Fetch the folder again"
+            f"`model`: {where}: `context.fine_below_mpp` needs an even `n_latent`, and an annotation whose own `context` is without "
+            "`fine_below_mpp`. Fetch the folder again"
         )
     if card.intervals is not None and sorted(set(card.intervals.levels)) != card.intervals.levels:
         raise ValueError(f"`model`: {where}: `intervals.levels` must ascend")

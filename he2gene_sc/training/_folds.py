@@ -8,10 +8,7 @@ from .._core.logs import logger
 
 #: Limitations of held-out metrics, by the unit that was held out.
 UNIT_LIMITATIONS = {
-    "section": (
-        "all sections are of the same patient: held-out figures are those of another section of the SAME patient and say "
-        "nothing of other patients"
-    ),
+    "section": "all sections are of one patient. Metrics hold for other sections of this patient, not for other patients",
     "block": (
         "there is one section only: held-out figures are those of another part of the SAME section. They are far better than "
         "what the model reaches on other sections, let alone patients; do not report them as accuracy"
@@ -51,7 +48,7 @@ def grouped_folds(
         patients if unit == "patient" else sections, return_inverse=True, return_counts=True
     )
     if len(groups) < 2:
-        raise ValueError(f"`unit` is {unit!r}, of which there is only one; nothing would be left to train on")
+        raise ValueError(f"`unit`: there is only one {unit}; at least two are needed to hold one out")
     return unit, _balance(sizes, min(n_folds or len(groups), len(groups)))[inverse]
 
 

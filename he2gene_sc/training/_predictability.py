@@ -27,6 +27,8 @@ GROUP_UNITS = ("patient", "section")
 #: Most sections over which the noise ceiling is averaged, and splits per section.
 _CEILING_SECTIONS, _CEILING_SPLITS = 8, 2
 _VALUES_AT_ONCE = 20_000_000
+#: Terms of depth that a correlation given depth is conditioned on.
+_N_DEPTH = 3
 
 
 def bounds(
@@ -72,11 +74,11 @@ def patient_bound(pcc: np.ndarray, n_spots: Sequence[int], patients: Sequence[st
     return np.stack(found)
 
 
-def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth: int = 3) -> np.ndarray:
+def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray) -> np.ndarray:
     """Return the one-sided 95 % lower bound ``(g,)`` of the mean correlation given depth over held-out patients.
 
     It is -1 for genes with too few patients. Since patients are few, the variance between them beyond that of spots
-    (Fisher's z) is pooled over genes (Smyth, Stat Appl Genet Mol Biol 2004). ``n_depth`` is the number of terms of depth.
+    (Fisher's z) is pooled over genes (Smyth, Stat Appl Genet Mol Biol 2004).
     """
     is_measured = np.isfinite(pcc_given_depth)
     n = is_measured.sum(0)
@@ -84,7 +86,7 @@ def new_patient_bound(pcc_given_depth: np.ndarray, n_spots: np.ndarray, n_depth:
     if not enough.any():
         return np.full(pcc_given_depth.shape[1], -1.0)
     z = np.arctanh(np.clip(np.where(is_measured, pcc_given_depth, 0), -0.999999, 0.999999))
-    error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - n_depth, 0.1)[:, None], 0)
+    error = np.where(is_measured, 1 / np.maximum(np.asarray(n_spots, float) - 3 - _N_DEPTH, 0.1)[:, None], 0)
     mean = z.sum(0) / np.maximum(n, 1)
     variance = np.where(is_measured, np.square(z - mean), 0).sum(0) / np.maximum(n - 1, 1)
     of_spots = error.sum(0) / np.maximum(n, 1)
@@ -171,7 +173,7 @@ def gene_table(
     tested = np.isfinite(grouped).sum(0) > (unit in GROUP_UNITS)
     del of_sections, grouped
     mean, skill = np.where(tested, mean, np.nan), np.where(tested, held_out[unit].skill, np.nan)
-    known = (unit in GROUP_UNITS) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+    known = good_on_known_patients(unit, low, skill)
     if unit == "section":
         known &= np.nan_to_num(patient_low) > RELIABLE_PCC
     new_patient, given_depth = np.full((2, len(mean)), np.nan)
@@ -181,13 +183,12 @@ def gene_table(
             mean_by_patient(section_pcc(sections, getattr(held_out["patient"], name)), patients)
             for name in ("pcc", "pcc_given_depth")
         )
-        several = np.isfinite(across).sum(0) > 1
-        new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, pcc_given_depth))
+        new_patient, given_depth = (mean_of_several(x, across) for x in (across, pcc_given_depth))
         spots_of_patient = pd.Series([len(section) for section in sections]).groupby(patients, sort=False).sum()
         reliable = new_patient_bound(pcc_given_depth, spots_of_patient.to_numpy()) > RELIABLE_PCC
-        reliable &= np.nan_to_num(minimum_over_patients(across)) > RELIABLE_PCC
+        reliable &= good_in_each_patient(across)
         if unit == "section":
-            known &= np.nan_to_num(minimum_over_patients(across)) > RELIABLE_PCC
+            known &= good_in_each_patient(across)
     reference_columns, better = _compare_with_references(sections, held_out, references)
     reliable &= better
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)
@@ -212,11 +213,8 @@ def gene_table(
             "reliable_known_patient": known,
         },
     )
-    n_held = n_patients if "patient" in held_out else 1
-    return (
-        table,
-        f"{_new_patient_rule(n_held)} On a known patient a gene is called reliable where {_rule(unit, len(sections), n_held)}",
-    )
+    n_held = n_patients if "patient" in held_out else 0
+    return table, f"{_new_patient_rule(n_held)} {_known_patient_rule(unit, len(sections), n_held)}"
 
 
 def _compare_with_references(
@@ -245,11 +243,43 @@ def minimum_over_patients(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(smallest), smallest, np.nan)
 
 
+def good_in_each_patient(pcc: np.ndarray) -> np.ndarray:
+    """Return whether the correlation ``(patients, g)`` is above the limit in each patient that measured the gene, ``(g,)``."""
+    return np.nan_to_num(minimum_over_patients(pcc)) > RELIABLE_PCC
+
+
+def good_on_known_patients(unit: str, low: np.ndarray, skill: np.ndarray) -> np.ndarray:
+    """Return whether bound and skill on held-out sections or patients are above their limits, ``(g,)``."""
+    return (unit in GROUP_UNITS) & (np.nan_to_num(low) > RELIABLE_PCC) & (skill > 0)
+
+
+def mean_of_several(values: np.ndarray, pcc: np.ndarray) -> np.ndarray:
+    """Return means ``(g,)`` of values ``(patients, g)``; NaN for genes whose correlation is known in fewer than two patients."""
+    return np.where(np.isfinite(pcc).sum(0) > 1, bounds(values)[0], np.nan)
+
+
+def too_few_patients(n_patients: int) -> str:
+    """Return the rule for new patients, in words, if fewer than :data:`MIN_GROUPS` patients were held out."""
+    return f"Reliability on a new patient needs {MIN_GROUPS} held-out patients; this model has {n_patients or 'none'}."
+
+
+def known_patient_rule(groups: str, least: int = MIN_GROUPS, between: str = "") -> str:
+    """Return the rule for known patients, in words; ``groups`` are those of the bound, ``between`` are further conditions."""
+    return (
+        "On a known patient a gene is called reliable where the lower 95 % bound of its held-out Pearson correlation (t over the "
+        f"{groups}; at least {least} are needed) is above {RELIABLE_PCC}{between} and its held-out skill against the training "
+        "mean is positive"
+    )
+
+
+def no_groups(held_out: str = "none") -> str:
+    """Return the rule for known patients, in words, if neither sections nor patients were held out."""
+    return f"Reliability on a known patient needs held-out sections or patients; this model has {held_out}"
+
+
 def _new_patient_rule(n_patients: int) -> str:
     if n_patients < MIN_GROUPS:
-        return (
-            f"figures of {MIN_GROUPS} held-out patients say so; there are {n_patients if n_patients > 1 else 'none'}."
-        )
+        return too_few_patients(n_patients)
     return (
         f"the lower 95 % bound of its mean correlation given the counts of each spot, over {n_patients} patients held out whole, "
         f"is above {RELIABLE_PCC} (differences between patients pooled over the genes), so is its correlation in each of them, and it is "
@@ -258,23 +288,18 @@ def _new_patient_rule(n_patients: int) -> str:
     )
 
 
-def _rule(unit: str, n_sections: int, n_patients: int) -> str:
+def _known_patient_rule(unit: str, n_sections: int, n_patients: int) -> str:
     if unit not in GROUP_UNITS:
-        return "figures of held-out sections or patients say so; there are none"
+        return no_groups()
     if unit == "patient":
         over = f"{n_patients} patients, held out"
-    elif n_patients == 1:
-        over = f"{n_sections} sections, held out; this speaks for patients that are known"
+    elif not n_patients:
+        over = f"{n_sections} sections, held out; valid only for known patients"
     else:
         over = f"{n_sections} sections, held out while others of their patient may be trained on"
-    rule = (
-        f"the lower 95 % bound of its held-out Pearson correlation (t over the {over}; at least {MIN_GROUPS} are needed) is "
-        f"above {RELIABLE_PCC}"
-    )
-    if unit == "section":
-        rule += ", so is the bound of its mean in each patient that measured it (from the number of spots)"
-    rule += " and its held-out skill against the training mean is positive"
-    if unit == "section" and n_patients > 1:
+    each = ", so is the bound of its mean in each patient that measured it (from the number of spots)"
+    rule = known_patient_rule(over, between=each if unit == "section" else "")
+    if unit == "section" and n_patients:
         rule += (
             f", and its correlation in each of the {n_patients} patients, held out whole, is above {RELIABLE_PCC} too (a bound "
             f"over patients needs {MIN_PATIENTS} of them)"

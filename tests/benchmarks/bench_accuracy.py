@@ -7,6 +7,9 @@ of RGB in the model's three windows, is trained on C2, C3 and C4, and gets the b
 so its figures are too good. C5 is of patient C, as three of the five training sections: this says nothing of a new patient.
 """
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import Ridge
@@ -17,6 +20,9 @@ from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.stats import log_normalise, noise_ceiling, pearson
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.helpers.pictures import read_all
+
 
 def expression(sdata):
     table = sdata["table"]
@@ -25,7 +31,7 @@ def expression(sdata):
 
 def colours(sdata, windows_um):
     (slide,) = resolve(sdata)
-    patches = PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=windows_um, input_px=224).read_all()
+    patches = read_all(PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=windows_um, input_px=224))
     return np.hstack([stat(window, axis=(2, 3)) for window in patches for stat in (np.mean, np.std)])
 
 

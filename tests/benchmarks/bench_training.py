@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import functools
 import resource
+import sys
 import tempfile
 import threading
 import time
@@ -44,6 +45,9 @@ from he2gene_sc.stats import calibration_error, log_normalise, noise_ceiling, pe
 from he2gene_sc.tl._train import fit as _train_default
 from he2gene_sc.training._closed_form import build as _build
 from he2gene_sc.training._closed_form import validate as _validate
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.helpers.pictures import read_all
 
 C, A = ("C2", "C3", "C4", "C5"), ("A1", "A2")
 SHARED = {
@@ -99,7 +103,7 @@ def reference(names, cache):
         how = Encoder(sha256, ((0, False),), torch.device("cpu"), torch.float32)
         found = cached_features(Part(extractor, reader), how, cache)
         features[name] = np.array(found[:, 0, : 3 * 1280])
-        patches = reader.read_all()
+        patches = read_all(reader)
         colours[name] = np.hstack([stat(window, axis=(2, 3)) for window in patches for stat in (np.mean, np.std)])
     return features, colours
 

@@ -18,3 +18,12 @@ def pixels_of(sdata, key="he"):
 
 def mpp_of(sdata):
     return sdata.attrs.get("he2gene", {}).get("mpp", {}).get("he")
+
+
+def read_all(reader):
+    """Return the patches of all spots in the order of ``centres``: one ``(n, 3, size, size)`` uint8 per window."""
+    out = tuple(np.empty((reader.n_spots, 3, w.size, w.size), np.uint8) for w in reader.plan.windows)
+    for batch in reader:
+        for whole, part in zip(out, batch.patches, strict=True):
+            whole[batch.index] = part
+    return out

@@ -23,6 +23,7 @@ from he2gene_sc.image import (
 from he2gene_sc.image import _blocks as blocks
 from he2gene_sc.image import _reader as reader_module
 from he2gene_sc.image import _recolour as recolour
+from tests.helpers.pictures import read_all
 
 forty_examples = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -235,7 +236,7 @@ def test_patches_equal_crop_and_pad_for_any_array_chunks_batch_size_and_order(sm
         batch_size=batch_size,
     )
     assert [(w.factor, w.size) for w in reader.plan.windows] == [(1, um), (2, um)]
-    narrow, wide = reader.read_all()
+    narrow, wide = read_all(reader)
     for i, centre in enumerate(centres):
         np.testing.assert_array_equal(narrow[i], naive_patch(image, centre, int(um)))
         if min(height, width) > 1:
@@ -251,7 +252,7 @@ def test_windows_reduced_by_two_and_four_average_aligned_squares(small_blocks, l
         Pyramid.single(stored(image, library, (16, 16))), centres, 0.5, windows_um=(4.0, 8.0, 16.0), input_px=8
     )
     assert [(w.factor, w.size) for w in reader.plan.windows] == [(1, 8), (2, 8), (4, 8)]
-    for window, patches in zip(reader.plan.windows, reader.read_all(), strict=True):
+    for window, patches in zip(reader.plan.windows, read_all(reader), strict=True):
         for centre, patch in zip(centres, patches, strict=True):
             np.testing.assert_array_equal(patch, naive_patch(image, centre, 8, window.factor))
 
@@ -264,7 +265,7 @@ def test_patches_are_the_same_with_and_without_a_pyramid(mpp):
     with_levels = PatchReader(pyramid_of(image, 3), centres, mpp, **options)
     without = PatchReader(Pyramid.single(image), centres, mpp, **options)
     assert with_levels.plan.level > 0
-    for a, b in zip(with_levels.read_all(), without.read_all(), strict=True):
+    for a, b in zip(read_all(with_levels), read_all(without), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -272,15 +273,15 @@ def test_an_image_with_channels_last_in_memory_gives_the_same_patches():
     image = random_image(41, 53)
     channels_last = np.ascontiguousarray(image.transpose(1, 2, 0)).transpose(2, 0, 1)
     options = {"centres": np.array([[20.0, 20.0], [3.0, 40.0]]), "mpp": 1.0, "windows_um": (8.0, 20.0), "input_px": 8}
-    expected = PatchReader(Pyramid.single(image), **options).read_all()
-    for a, b in zip(PatchReader(Pyramid.single(channels_last), **options).read_all(), expected, strict=True):
+    expected = read_all(PatchReader(Pyramid.single(image), **options))
+    for a, b in zip(read_all(PatchReader(Pyramid.single(channels_last), **options)), expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_transparent_images_are_read_as_white():
     image = np.concatenate([random_image(20, 20), np.zeros((1, 20, 20), np.uint8)])
     reader = PatchReader(Pyramid.single(image), np.array([[10.0, 10.0]]), 1.0, windows_um=(8.0,), input_px=8)
-    assert (reader.read_all()[0] == 255).all()
+    assert (read_all(reader)[0] == 255).all()
 
 
 @pytest.mark.parametrize(("chunk", "windows"), [(512, (60.0,)), (512, (60.0, 1200.0)), (200, (60.0, 500.0))])
@@ -320,7 +321,7 @@ def test_several_readers_decode_at_once_each_chunk_once_and_give_the_same(monkey
         for source, n in ((array._array, 1), (array, 3))
     )
     assert len(three._blocks) > 6
-    for expected, found in zip(one.read_all(), three.read_all(), strict=True):
+    for expected, found in zip(read_all(one), read_all(three), strict=True):
         np.testing.assert_array_equal(expected, found)
     assert array.reads.max() == 1
 
@@ -457,7 +458,7 @@ def test_the_error_for_an_invalid_float_pixel_gives_its_place(value, kind, lazy)
         ValueError,
         match=rf"a block has 1 pixel\(s\) outside 0\.\.1{kind}, the first in row 210, column 333; .* make them white, 1: ",
     ):
-        reader.read_all()
+        read_all(reader)
 
 
 def test_small_overshoots_of_float_pixels_are_clipped_and_ambiguous_scales_raise():
@@ -473,7 +474,7 @@ def test_chunks_between_distant_spots_are_not_read():
     array = CountingArray(random_image(500, 3000), (3, 256, 256))
     centres = np.array([[100.0, 100.0], [1400.0, 100.0], [2900.0, 100.0]])
     reader = PatchReader(Pyramid.single(array), centres, 1.0, windows_um=(50.0,), input_px=50)
-    for centre, patch in zip(centres, reader.read_all()[0], strict=True):
+    for centre, patch in zip(centres, read_all(reader)[0], strict=True):
         np.testing.assert_array_equal(patch, naive_patch(array._array, centre, 50))
     assert array.reads.sum() == 3
 

@@ -16,6 +16,7 @@ from he2gene_sc.inference import Interpolated, drop_idle_nodes, is_dense, lattic
 from he2gene_sc.models import _embedding
 from he2gene_sc.models._embedding import Basis, Context, rings_of, row_blocks
 from he2gene_sc.models._network import FeatureExtractor
+from tests.helpers.pictures import read_all
 
 pytestmark = pytest.mark.slow
 RINGS = ((50.0, 353.0), (353.0, 616.0))
@@ -221,7 +222,7 @@ def test_interpolated_views_have_the_layout_of_the_extractor():
         def encoded(windows, one, centres=centres):
             reader = PatchReader(Pyramid.single(image), centres, 1.0, windows_um=windows, input_px=16)
             with torch.inference_mode():
-                return one(tuple(torch.from_numpy(p) for p in reader.read_all()), symmetries).numpy()
+                return one(tuple(torch.from_numpy(p) for p in read_all(reader)), symmetries).numpy()
 
         whole = encoded((20.0, 40.0), extractor)
         eye = scipy.sparse.csr_array(np.eye(2, dtype=np.float32))

@@ -8,6 +8,7 @@ import torch
 from he2gene_sc.image import PatchReader, Pyramid
 from he2gene_sc.inference import encode, n_readers, predict, resolve_device, resolve_dtype
 from he2gene_sc.models._network import SYMMETRIES, FeatureExtractor
+from tests.helpers.pictures import read_all
 
 CPU = torch.device("cpu")
 # Even numbers: windows of averaged pixels then have no ties, which would round differently after mirroring.
@@ -131,7 +132,7 @@ def test_a_single_spot_that_does_not_fit_into_memory_raises(network, image):
 
 
 def test_tta_averages_the_eight_symmetries(network, image):
-    patches = read(image).read_all()
+    patches = read_all(read(image))
     views = []
     for turns, mirrored in SYMMETRIES:
         turned = [np.rot90(p, turns, axes=(2, 3)) for p in patches]

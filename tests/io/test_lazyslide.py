@@ -101,7 +101,7 @@ def test_tiles_of_another_size_are_refused_with_the_call_that_makes_them(tiny_mo
         ({"mpp": float("nan")}, "`mpp` is nan"),
         ({"mpp": 0.5, "tile_mpp": 0}, "`tile_mpp` is 0"),
         ({"mpp": 0.5, "genes": ["NOGENE"]}, "does not know .*NOGENE"),
-        ({"mpp": 0.5, "genes": []}, "`genes`"),
+        ({"mpp": 0.5, "genes": []}, "`genes` is empty"),
         ({"mpp": 0.5, "genes": ["ERBB2", "ERBB2"]}, "`genes`: names are duplicated: 'ERBB2'"),
     ],
 )

@@ -18,7 +18,7 @@ import he2gene_sc as hg
 from he2gene_sc._core.images import pyramid_of
 from he2gene_sc.image import PatchReader, Pyramid, direct
 from he2gene_sc.io._tiled import TiledImage
-from tests.helpers.pictures import picture
+from tests.helpers.pictures import picture, read_all
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_patches_equal_those_of_pixels_in_memory(slide):
     path, full = slide
     centres = np.random.default_rng(0).uniform(0, 1, (30, 2)) * [700, 500]
     options = {"windows_um": (20.0, 60.0), "input_px": 40, "batch_size": 7}
-    read = PatchReader(image_of(path), centres, 0.5, **options).read_all()
-    for a, b in zip(read, PatchReader(Pyramid.single(full), centres, 0.5, **options).read_all(), strict=True):
+    read = read_all(PatchReader(image_of(path), centres, 0.5, **options))
+    for a, b in zip(read, read_all(PatchReader(Pyramid.single(full), centres, 0.5, **options)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

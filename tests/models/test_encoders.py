@@ -352,6 +352,8 @@ def test_an_invalid_encoder_raises_with_the_valid_form(encoder):
     ("facts", "message"),
     [
         ({"name": ""}, "`name`"),
+        ({"name": " "}, "`name`"),
+        ({"license": None}, "`license` of encoder 'mine' is None"),
         ({"input_px": 0}, "`input_px`"),
         ({"input_px": 22.4}, "`input_px`"),
         ({"mean": (0.5, 0.5)}, "`mean`"),
@@ -424,8 +426,7 @@ def test_the_registered_network_of_the_documentation_trains_and_predicts_by_its_
     torch.save(own_network().state_dict(), "my-encoder.pt")
     slides = [hg.datasets.toy((4, 4), seed=seed) for seed in range(3)]
     names = {"hg": hg, "torch": torch, "MyNetwork": lambda: own_network(seed=1), "sdatas": slides, "__name__": __name__}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         exec(compile(code, "encoders.md", "exec"), names)
         names["model"].save("my-model")
         hg.tl.predict(slides[0], model=hg.models.load("my-model"))

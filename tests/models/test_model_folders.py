@@ -297,7 +297,10 @@ def test_rows_in_another_order_than_the_weights_raise(full, tmp_path):
         lines[1], lines[3] = lines[3], lines[1]
 
     change_genes(folder, swap)
-    with pytest.raises(ValueError, match=r"model/genes.csv: 2 genes, such as .*another order than the weights"):
+    with pytest.raises(
+        ValueError,
+        match=r"model/genes.csv: the means of 2 genes are exchanged, such as .*another order than the weights",
+    ):
         load(folder)
 
 

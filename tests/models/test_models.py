@@ -57,6 +57,29 @@ def test_genes_named_like_missing_values_and_missing_metrics_survive(tiny_model,
     assert (found["ensembl_id"] == "").all()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": " "}, "card.json is not valid: `name` is ' ': a text that is not blank is needed$"),
+        ({"limitations": (1,)}, "card.json is not valid: `limitations.0` is 1: it must be a valid string$"),
+        ({"n_latent": 3}, "needed for 3 components"),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_is_not_saved(tiny_model, folder, changes, message):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        replace(tiny_model, card=replace(tiny_model.card, **changes)).save(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_gene_table_that_could_not_be_loaded_is_not_saved(tiny_model, tmp_path):
+    genes = tiny_model.genes.assign(ensembl_id="ENSG 1")
+    with pytest.raises(ValueError, match="mine/genes.csv: column 'ensembl_id' .* is 'ENSG 1'"):
+        replace(tiny_model, genes=genes).save(tmp_path / "mine")
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_replaces_all_files_of_an_older_model(tiny_model, folder):
     newer = HE2Gene(replace(tiny_model.card, version="2"), tiny_model.genes, tiny_model.tensors)
     assert load(newer.save(folder)).card.version == "2"
@@ -358,6 +381,17 @@ def test_the_bundled_model_predicts_with_the_bundled_encoder(bundled):
     assert torch.isfinite(expression).all()
     assert proba.shape == (1, len(bundled.card.classes))
     assert proba.sum().item() == pytest.approx(1)
+
+
+def test_changes_of_a_loaded_model_do_not_change_the_next_one():
+    model, other = load(), load()
+    model.genes["reliable"] = True
+    model.card.encoder["name"] = "other"
+    model.tensors.clear()
+    assert not other.genes["reliable"].all()
+    assert load().card.encoder["name"] == other.card.encoder["name"] != "other"
+    assert load().tensors.keys() == other.tensors.keys()
+    assert load().network is other.network
 
 
 def test_the_bundled_model_has_over_ten_thousand_genes_with_unique_names(bundled):

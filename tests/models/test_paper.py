@@ -9,6 +9,7 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.image import PatchReader
 from he2gene_sc.models import from_checkpoint, load
+from tests.helpers.pictures import read_all
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,7 @@ def patches():
     """Patches of a spot of the toy slide, in the windows of the paper."""
     (slide,) = resolve(hg.datasets.toy((1, 1), mpp=1.0))
     reader = PatchReader(slide.pyramid, slide.centres, slide.mpp, windows_um=(50.0, 100.0, 150.0), input_px=224)
-    return reader.read_all()
+    return read_all(reader)
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +250,30 @@ def test_a_diverged_network_raises(paper, preset, tmp_path):
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="not finite.*diverged"):
         from_checkpoint(tmp_path / "model.pt", preset, TARGET, AUX)
+
+
+@first_preset_only
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"version": 1}, "`version` is 1; a text"),
+        ({"version": " "}, "`version` is ' '"),
+        ({"name": " "}, "`name` is ' '"),
+        ({"description": None}, "`description` is None"),
+        ({"ensembl_ids": {"ERBB2": "ENSG 1"}}, "`ensembl_ids` has {'ERBB2': 'ENSG 1'}"),
+    ],
+)
+def test_texts_that_cannot_be_stored_raise(checkpoint, preset, options, message):
+    with pytest.raises(ValueError, match=message):
+        from_checkpoint(checkpoint, preset, TARGET, AUX, **options)
+
+
+@first_preset_only
+def test_blanks_around_genes_are_stripped_and_blank_names_raise(checkpoint, preset, tmp_path):
+    found = from_checkpoint(checkpoint, preset, ["ERBB2 ", *TARGET[1:]], AUX)
+    assert load(found.save(tmp_path / "model")).genes.index[0] == "ERBB2"
+    with pytest.raises(ValueError, match=r"`target_genes` holds \[''\]"):
+        from_checkpoint(checkpoint, preset, [" ", *TARGET[1:]], AUX)
 
 
 @first_preset_only

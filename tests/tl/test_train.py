@@ -22,6 +22,7 @@ from he2gene_sc.stats import log_normalise, pearson
 from he2gene_sc.tl._known import image_facts
 from he2gene_sc.tl._train import fit as _fit
 from he2gene_sc.training._closed_form import validate as _validate
+from tests.helpers.pictures import read_all
 from tests.helpers.toy_sections import (
     SPEC,
     network,
@@ -176,6 +177,18 @@ def test_stages_can_be_chosen_or_left_out(small_lite0):
     assert sizes == {None: 1280 + 9, (4,): 320 + 9}
 
 
+def test_the_order_in_which_stages_are_given_does_not_change_the_model(small_lite0):
+    """Their maps come in the order of the network, and each stage has its own weight."""
+    parts = [toy(0, shape=(3, 3)), toy(1, "B", shape=(3, 3))]
+    one, other = (
+        hg.tl.train(parts, preset=hg.DefaultRecipe(stages=stages, windows_um=(100.0,)), device="cpu")
+        for stages in ([2, 4], [4, 2])
+    )
+    assert other.card.encoder["stages"] == [2, 4]
+    for key, value in one.tensors.items():
+        np.testing.assert_array_equal(other.tensors[key], value, err_msg=key)
+
+
 def test_expression_of_training_spots_equals_the_heads_applied_to_the_features(model, sections, cache):
     """Training and prediction compute the same embedding."""
     from he2gene_sc.models._embedding import rings_of
@@ -217,7 +230,7 @@ def first_features(sdata):
     (slide,) = resolve(sdata)
     reader = PatchReader(slide.pyramid, slide.centres[:1], slide.mpp, windows_um=(100.0, 200.0, 400.0), input_px=16)
     with torch.inference_mode():
-        return FeatureExtractor(*own())(tuple(torch.from_numpy(p) for p in reader.read_all()))[0, 0].numpy()
+        return FeatureExtractor(*own())(tuple(torch.from_numpy(p) for p in read_all(reader)))[0, 0].numpy()
 
 
 # Determinism, cache, batches
@@ -511,7 +524,7 @@ def test_a_single_class_skips_the_annotation_head(cache, sections, caplog):
 
 def test_one_patient_gives_a_warning_and_sections_are_held_out(sections, cache, caplog):
     found = train([toy(0), toy(2)], cache=cache)
-    assert "SAME patient" in caplog.text
+    assert "not for other patients" in caplog.text
     assert list(found.card.metrics) == [SECTION]
     assert found.card.training["chosen_by"] == "leave one section out, the folds that the figures are of"
 

@@ -195,6 +195,29 @@ def test_counts_on_disk_and_in_half_precision_are_read(tmp_path):
             np.testing.assert_array_equal(found.tensors[key], value, err_msg=f"{layout} {key}")
 
 
+def test_a_share_that_no_gene_reaches_names_the_largest_share():
+    parts = toys("AB")
+    for i, s in enumerate(parts):
+        counts = s["table"].X.toarray()
+        counts[:, :] = np.eye(*counts.shape)[np.arange(len(counts)) // 3 * 3]
+        table = s["table"].copy()
+        table.X = type(s["table"].X)(counts)
+        parts[i] = with_table(s, table)
+    assert_raises(parts, "`min_spot_share` is 0.9, .* largest share is 0.1; pass a smaller one", min_spot_share=0.9)
+
+
+def test_names_of_genes_with_control_characters_raise():
+    assert_raises(
+        [renamed(s, {"ERBB2": "ERBB2\nHER2"}) for s in toys()], r"`sdatas`: names of genes \['ERBB2\\nHER2'\]"
+    )
+
+
+def test_a_name_like_an_ensembl_id_is_not_stored_as_one(tmp_path):
+    model = train([renamed(s, {"ERBB2": "ENSG like"}) for s in toys()], ensembl_ids={})
+    assert model.genes.loc["ENSG like", "ensembl_id"] == ""
+    assert "ENSG like" in hg.models.load(model.save(tmp_path / "model"), encoder=own()).genes.index
+
+
 def test_genes_missing_in_all_sections_raise():
     assert_raises(toys(), r"`genes` \['NOPE'\] are not in any section", genes=["ERBB2", "NOPE"])
 
@@ -377,6 +400,11 @@ def test_a_lazy_sequence_is_read_once():
         ({"min_spot_share": 1.0}, "`min_spot_share` is 1.0"),
         ({"min_spot_share": -0.1}, "`min_spot_share` is -0.1"),
         ({"stages": (0,)}, r"`stages` is \(0,\); valid for this encoder: None"),
+        ({"stages": [2, 4, 2]}, "`stages`: positions are duplicated: 2"),
+        ({"name": " "}, "`name` is ' '"),
+        ({"version": ""}, "`version` is ''"),
+        ({"limitations": ["One.", 1]}, r"`limitations` holds \[1\]; a list of texts"),
+        ({"ensembl_ids": {"ERBB2": "ENSG 1"}}, "`ensembl_ids` has {'ERBB2': 'ENSG 1'}"),
         ({"cache": "features", "preset": "he2gene-base"}, "`cache`.*no features to cache"),
         ({"windows_um": (0.0,)}, "windows"),
         ({"windows_um": (-100.0, 200.0)}, "windows"),

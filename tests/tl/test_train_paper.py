@@ -102,7 +102,7 @@ def test_one_patient_gives_a_warning(caplog):
         windows_um=(100.0,),
         **(OPTIONS | {"max_epochs": 1}),
     )
-    assert "SAME patient" in caplog.text
+    assert "not for other patients" in caplog.text
 
 
 def test_another_training_does_not_change_the_users_network():

@@ -71,7 +71,9 @@ def test_invalid_arguments_of_folds_raise(arguments, match):
         grouped_folds(**arguments)
 
 
-@pytest.mark.parametrize(("unit", "message"), [("patient", ""), ("section", "SAME patient"), ("block", "SAME section")])
+@pytest.mark.parametrize(
+    ("unit", "message"), [("patient", ""), ("section", "not for other patients"), ("block", "SAME section")]
+)
 def test_limitations_of_the_unit_are_logged(caplog, unit, message):
     with caplog.at_level(logging.WARNING, "he2gene_sc"):
         warn_of_unit(unit)

@@ -21,7 +21,7 @@ from he2gene_sc.training import (
     patch_set,
     train_network,
 )
-from he2gene_sc.training._gradient.held_out import gene_figures, held_out_sections
+from he2gene_sc.training._gradient.held_out import HeldOutSection, gene_figures, held_out_sections
 from he2gene_sc.training._gradient.patches import Split
 from he2gene_sc.training._gradient.train_network import target_mask
 from tests.helpers.tiny_network import BASE, SPEC, encoder, toy_set
@@ -73,7 +73,7 @@ def test_the_card_states_the_training_and_the_held_out_spots(model):
     assert card.training["held_out_to_stop"] == {"C1": 20}
     assert (card.training["lr"], card.training["epochs"], card.training["preset"]) == (0.01, 4, "he2gene-base")
     (protocol,) = card.metrics
-    assert "one fold of held-out patients, which also said when to stop" in protocol
+    assert "one fold of held-out patients, also used for early stopping" in protocol
     assert card.metrics[protocol]["mean Pearson, target genes"].keys() == {"C1"}
     assert "calibrated by one temperature on the held-out patients" in card.to_markdown()
     assert card.training["annotation_temperature"] > 0
@@ -185,6 +185,39 @@ def test_cross_validation_metrics_are_over_folds_not_used_for_early_stopping(dat
     assert model.card.metrics[protocol]["mean Pearson, target genes"].keys() == {"A1", "A2", "B1", "B2", "C1"}
     assert model.genes["reliable"].any()
     assert (model.genes["pcc_low"] <= model.genes["pcc"]).all()
+    assert "over the 3 patients, held out whole" in model.card.reliable_rule
+
+
+def test_sections_of_one_or_two_patients_do_not_make_a_gene_reliable_on_a_new_patient(data):
+    recipe = replace(RECIPE, lr=2e-2, lr_step=50, aux_weight=1.0, max_epochs=10)
+    for of_section, number in (((0, 0, 0, 0, 0), "none"), ((0, 0, 0, 1, 1), "2")):
+        parts = [
+            SimpleNamespace(name=s.name, patient=f"P{i}", mpp=0.5, image=None)
+            for s, i in zip(SECTIONS, of_section, strict=True)
+        ]
+        found = replace(data, patients=np.array(of_section)[data.sections])
+        model = train(found, facts(), recipe, encoder(0.0), parts, cross_validate=True)
+        assert (model.genes["pcc_low"] > 0.1).all()
+        assert not model.genes["reliable"].any()
+        expected = (model.genes["pcc_low"] > 0.1) & (model.genes["skill"] > 0)
+        assert model.genes["reliable_known_patient"].tolist() == expected.tolist()
+        assert f"needs 3 held-out patients; this model has {number}" in model.card.reliable_rule
+        assert "No gene is reliable on a new patient" in model.card.limitations[-1]
+        assert f"\n\n{model.card.reliable_rule}.\n" in model.card.to_markdown()
+
+
+def test_a_gene_that_fails_in_one_held_out_patient_is_reliable_only_on_known_patients():
+    pcc = np.full((10, 2), 0.8)
+    pcc[3, 1] = 0.05
+    one = np.ones(2)
+    found = [HeldOutSection(i, row, 0.0, 0.0, 0.0, error=0.1 * one, base=one) for i, row in enumerate(pcc)]
+    genes = gene_figures(found, "patient", range(10))
+    assert (genes["pcc_low"] > 0.1).all()
+    assert genes["reliable"].tolist() == [True, False]
+    assert genes["reliable_known_patient"].tolist() == [True, True]
+    assert not gene_figures(found, "patient", [0] * 5 + [1] * 5)["reliable"].any()
+    assert not gene_figures(found, "section", range(10))["reliable"].any()
+    assert not gene_figures(found, "block", range(10))["reliable_known_patient"].any()
 
 
 def test_the_card_says_that_random_validation_leaks(data):
@@ -196,7 +229,7 @@ def test_the_card_says_that_random_validation_leaks(data):
 
 def test_one_patient_or_one_section_give_a_warning(data, caplog):
     zero = np.zeros(100, int)
-    for changes, message in (({}, "SAME patient"), ({"sections": zero}, "SAME section")):
+    for changes, message in (({}, "not for other patients"), ({"sections": zero}, "SAME section")):
         caplog.clear()
         model = train(
             replace(data, patients=zero, **changes),
@@ -228,7 +261,7 @@ def test_a_gene_missing_in_some_sections_is_evaluated_in_the_others(data):
     assert [part.section for part in found] == [3, 4]
     assert np.isnan(found[1].pcc[1])
     assert found[0].pcc[2] == 0
-    genes = gene_figures(found)
+    genes = gene_figures(found, "section", [0, 0, 1, 1, 2])
     assert genes["pcc"][1] == found[0].pcc[1]
     assert np.isnan(genes["pcc_low"][1])
     assert np.isfinite(genes["skill"]).all()

@@ -201,8 +201,8 @@ def encoder_of(
     name = card.encoder["name"]
     if given is None and has_source(name) and not allow_source:
         raise ValueError(
-            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. A model folder may not decide "
-            "what is fetched or read. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the encoder: "
+            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. For safety, weights are "
+            "not fetched from an address in a model folder. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the encoder: "
             "`hg.models.load(path, encoder='local-dir:FOLDER')`"
         )
     try:

@@ -75,7 +75,7 @@ class EncoderSpec:
     Raises
     ------
     ValueError
-        If ``name`` is empty, ``input_px`` is not a positive whole number, ``mean`` or ``std`` are not three finite
+        If ``name`` is blank, ``license`` is not a text, ``input_px`` is not a positive whole number, ``mean`` or ``std`` are not three finite
         numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of those named.
 
     Examples
@@ -104,8 +104,10 @@ class EncoderSpec:
     architecture_options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
+        if not isinstance(self.name, str) or not self.name.strip():
             raise ValueError(f"`name` of an encoder is {self.name!r}; a text is needed")
+        if not isinstance(self.license, str):
+            raise ValueError(f"`license` of encoder {self.name!r} is {self.license!r}; a text is needed")
         if not isinstance(self.input_px, int) or self.input_px < 1:
             raise ValueError(
                 f"`input_px` of encoder {self.name!r} is {self.input_px!r}; a whole number of pixels is needed"

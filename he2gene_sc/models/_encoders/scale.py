@@ -42,9 +42,7 @@ def describe_tiles(windows_um: Sequence[float], tiles: Sequence[int], input_px: 
     return f"read as {', '.join(f'{n} × {n}' for n in tiles)} tiles at {_format_list(input_mpp)} µm/px"
 
 
-def warn_of_scale(
-    spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequence[int] | None = None, *, stacklevel: int = 3
-) -> None:
+def warn_of_scale(spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequence[int] | None = None) -> None:
     """Warn if windows, or their tiles, are resized to another µm/px than the encoder was trained at."""
     trained_mpp = _trained_mpp(spec)
     if not trained_mpp:
@@ -59,7 +57,7 @@ def warn_of_scale(
             f"encoder {spec.name!r} was trained at {_format_list(trained_mpp)} µm/px. `windows_um` of {_format_list(mismatched)} "
             f"show it {_format_list(input_mpp[um] for um in mismatched)} µm/px at its input of {spec.input_px} px, so its features "
             f"may be poor. Windows of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
-            stacklevel=stacklevel,
+            stacklevel=3,
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..._core.logs import logger
 from ..._core.validate import format_list
+from ...models._gene_table import is_identifier
 from .._gene_sets import membership, read_net, rename_targets, weights_by_set
 from .arguments import check_features
 from .measured import MeasuredSection, join
@@ -104,9 +105,7 @@ def _encode_sections(
     for section in read:
         features.append(encode(section))
         check_features(section.name, features[-1])
-        has_class = any(
-            label is not None and class_of(label, plan.classes) is not None for label in set(section.labels)
-        )
+        has_class = any(class_of(label, plan.classes) is not None for label in set(section.labels))
         copies = []
         for number in range(n_recoloured if has_class else 0):
             copies.append(np.ascontiguousarray(encode(section, recolouring_of(section.name, number))[:, 0]))
@@ -123,7 +122,7 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
     card = plan.card
     return ModelMetadata(
         genes=genes,
-        ensembl_ids=tuple(gene if gene.startswith("ENSG") else plan.ids.get(gene, "") for gene in genes),
+        ensembl_ids=tuple(_ensembl_id(gene, plan.ids) for gene in genes),
         classes=classes,
         class_colors=colours_of(classes, plan.classes.colors),
         encoder=plan.spec,
@@ -135,6 +134,10 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
         limitations=tuple(card.limitations),
         programmes=programmes_of(plan.genes.programmes, genes),
     )
+
+
+def _ensembl_id(gene: str, ids: Mapping[str, str]) -> str:
+    return gene if gene.startswith("ENSG") and is_identifier(gene) else ids.get(gene, "")
 
 
 def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
@@ -222,16 +225,16 @@ def train_by_gradient(sections: Iterator[MeasuredSection], plan: Plan) -> HE2Gen
     if not plan.own_encoder and spec.name == preset.encoder:
         spec = replace(spec, mean=preset.mean, std=preset.std)
     read: list[MeasuredSection] = []
-    parts: list[np.memmap] = []
+    patches = plan.work / "patches"
+    patches.touch()
     counted: Counter[str] = Counter()
     for section in sections:
         if preset.exact:
             check_two_classes(section.labels, plan.classes, counted)
-        path = plan.work / f"{len(parts)}.npy"
-        parts.append(_cut_patches(section, preset.train_window_um, spec.input_px, spec.interpolation, path))
+        _cut_patches(section, preset.train_window_um, spec.input_px, spec.interpolation, patches)
         read.append(section.release())
         del section
-    empty = [np.empty((len(part), 0, 0)) for part in parts]
+    empty = [np.empty((len(section.centres), 0, 0)) for section in read]
     joined, genes, classes = join(read, empty, plan.genes, plan.classes, all_listed=preset.exact)
     # Rows, for access by batch. Each memory map keeps a file open.
     rows = spill(section.targets.tocsr() for section in joined)
@@ -240,7 +243,7 @@ def train_by_gradient(sections: Iterator[MeasuredSection], plan: Plan) -> HE2Gen
     return train_network(
         patch_set(
             joined,
-            _concatenate(parts, plan.work / "patches.npy"),
+            np.memmap(patches, np.uint8, "r").reshape(-1, 3, spec.input_px, spec.input_px),
             n_target=min(plan.genes.n_target_genes, len(genes)),
             neighbours=preset.neighbour_weight > 0,
         ),
@@ -257,45 +260,24 @@ def train_by_gradient(sections: Iterator[MeasuredSection], plan: Plan) -> HE2Gen
     )
 
 
-def _cut_patches(
-    section: MeasuredSection, window_um: float, input_px: int, interpolation: str, path: Path
-) -> np.memmap:
-    """Patches of one section at the encoder's input size, ``(n, 3, input_px, input_px)`` uint8 on disk."""
+def _cut_patches(section: MeasuredSection, window_um: float, input_px: int, interpolation: str, path: Path) -> None:
+    """Append the patches of one section at the encoder's input size, ``(n, 3, input_px, input_px)`` uint8, to a file."""
     import torch
     import torch.nn.functional as F
 
+    from ...training import check_room
+
     reader = patch_reader(section, (window_um,), input_px, _BATCH)
     shape = (reader.n_spots, 3, input_px, input_px)
-    patches = _allocate(path, shape)
+    start, n_bytes = path.stat().st_size, int(np.prod(shape))
+    check_room(path.parent, n_bytes)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), start, n_bytes)
+    patches = np.memmap(path, np.uint8, "r+", start, shape)
     for batch in reader:
         cut = torch.from_numpy(batch.patches[0])
         if cut.shape[-1] != input_px:
             cut = F.interpolate(cut, size=(input_px, input_px), mode=interpolation, antialias=True)
         patches[batch.index] = cut.numpy()
     patches.flush()
-    return np.load(path, mmap_mode="r")
-
-
-def _allocate(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """Memory-map a new uint8 file whose disk space is reserved first."""
-    from ...training import check_room
-
-    check_room(path.parent, int(np.prod(shape)))
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    if hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return out
-
-
-def _concatenate(parts: Sequence[np.memmap], path: Path) -> np.ndarray:
-    """Join the patches of all sections in one file, section by section."""
-    n = sum(len(part) for part in parts)
-    out = _allocate(path, (n, *parts[0].shape[1:]))
-    start = 0
-    for part in parts:
-        out[start : start + len(part)] = part
-        start += len(part)
-        Path(str(part.filename)).unlink()
-    out.flush()
-    return np.load(path, mmap_mode="r")

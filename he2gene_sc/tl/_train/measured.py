@@ -178,6 +178,12 @@ def join(
         seen = sum(_n_detected(section, genes) for section in read)
         spots = sum(section.counts.shape[0] * mask for section, mask in zip(read, measured, strict=True))
         frequent = seen >= np.maximum(chosen.min_spot_share * spots, 1)
+        if not frequent.any():
+            largest = (seen / np.maximum(spots, 1)).max(initial=0)
+            raise ValueError(
+                f"`min_spot_share` is {chosen.min_spot_share:g}, but no gene was detected in so many spots: the largest share is "
+                f"{largest:.3g}; pass a smaller one: genes=hg.GeneSelection(min_spot_share=...)"
+            )
         genes, measured = genes[frequent], [mask[frequent] for mask in measured]
     totals = totals_of(read, chosen)
     targets = spill(

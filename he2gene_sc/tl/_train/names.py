@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core import validate
-from ..._core.genes import check_not_probes, current_symbols, find_genes
+from ..._core.genes import check_not_probes, current_symbols, find_genes, symbols_in
 from ..._core.logs import logger
 from ..._core.validate import format_list
+from ...models._gene_table import is_gene_name
 from ...models._schema import check_class_names
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
     Names missing in the column ``gene_symbols`` come from the index; ``symbols`` maps Ensembl ids to symbols.
     """
     check_not_probes(table)
-    if gene_symbols is not None:
-        validate.key_in(gene_symbols, list(table.var.columns), "gene_symbols", what="a column of var")
-    given = pd.Series(table.var_names if gene_symbols is None else table.var[gene_symbols], dtype=object).reset_index(
-        drop=True
-    )
-    absent = (given.isna() | (given.astype(str).str.strip() == "")).to_numpy()
+    given = symbols_in(table, gene_symbols)
+    absent = given == ""
     if absent.any():
         if gene_symbols is None:
             raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
@@ -48,8 +44,12 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
             len(given),
             gene_symbols,
         )
-        given = given.where(~absent, pd.Series(table.var_names, dtype=object))
-    names = symbols_of(given, symbols)
+        given = given.where(~absent, table.var_names.astype(str))
+    names = current_names(given, symbols)
+    if wrong := [name for name in names if not is_gene_name(name)]:
+        raise ValueError(
+            f"`sdatas`: names of genes {wrong[:5]} in var are empty or have control characters; rename or drop them"
+        )
     if names.has_duplicates:
         duplicates = list(names[names.duplicated()].unique()[:5])
         raise ValueError(
@@ -59,7 +59,7 @@ def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, s
     return names
 
 
-def symbols_of(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
+def current_names(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
     """Symbols of gene names; some names may be Ensembl ids, with or without a version."""
     names = pd.Index(list(given), dtype=object).astype(str).str.strip()
     ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
@@ -163,8 +163,10 @@ def check_merged(labels: Iterable[str], merged: Mapping[str, str | None]) -> Non
         raise ValueError(f"`classes` names labels {unknown} that no spot has, valid: {sorted(seen)}")
 
 
-def class_of(label: str, chosen: Classes) -> str | None:
-    """Class of a label: its entry in ``classes``, else ``None`` for an ignored label (in any case), else the label itself."""
+def class_of(label: str | None, chosen: Classes) -> str | None:
+    """Class of a label: its entry in ``classes``, else ``None`` if it is missing or ignored (in any case), else the label."""
+    if label is None:
+        return None
     if label in chosen.merge:
         return chosen.merge[label]
     return None if label.lower() in {name.lower() for name in chosen.ignore} else label
@@ -173,9 +175,7 @@ def class_of(label: str, chosen: Classes) -> str | None:
 def code_classes(labels: list[np.ndarray], chosen: Classes) -> tuple[tuple[str, ...], list[np.ndarray]]:
     """Names of classes with enough spots, and codes of the spots of each section (-1 without a class)."""
     check_merged((label for part in labels for label in part if label is not None), chosen.merge)
-    named = [
-        np.array([None if label is None else class_of(label, chosen) for label in part], object) for part in labels
-    ]
+    named = [np.array([class_of(label, chosen) for label in part], object) for part in labels]
     counted = pd.Series([label for part in named for label in part if label is not None], dtype=object).value_counts()
     rare = sorted(counted.index[counted < _MIN_CLASS])
     if rare:
@@ -190,8 +190,7 @@ def code_classes(labels: list[np.ndarray], chosen: Classes) -> tuple[tuple[str, 
 
 def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) -> None:
     """Add the labels of a section to a count of classes, and raise if there are more than two."""
-    named = (class_of(label, chosen) for label in part if label is not None)
-    counted.update(name for name in named if name is not None)
+    counted.update(name for label in part if (name := class_of(label, chosen)) is not None)
     classes = sorted(name for name, n in counted.items() if n >= _MIN_CLASS)
     if len(classes) > 2:
         raise ValueError(

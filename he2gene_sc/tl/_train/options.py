@@ -12,6 +12,7 @@ import pandas as pd
 from ..._core import validate
 from ..._core.names import clean_name
 from ...image._geometry import check_windows
+from ...models._gene_table import check_identifiers
 from ...training._gradient.run_options import RunOptions
 from .._gene_sets import read_net, weights_by_set
 
@@ -102,6 +103,7 @@ class GeneSelection(validate.Checked):
         validate.whole_number(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
         _check_mapping(self.ensembl_ids, "ensembl_ids")
+        check_identifiers(dict(self.ensembl_ids if self.ensembl_ids is not None else {}))
         sets = self.programmes
         if sets is not None:
             try:
@@ -175,7 +177,10 @@ class CardText(validate.Checked):
         super().__post_init__()
         if not isinstance(self.version, str) and not validate.is_number(self.version):
             raise ValueError(f"`version` is {self.version!r}; it must be a text")
-        self.set(version=str(self.version), limitations=tuple(validate.names(self.limitations, "limitations")))
+        limitations = validate.names(self.limitations, "limitations")
+        if wrong := [text for text in limitations if not isinstance(text, str)]:
+            raise ValueError(f"`limitations` holds {wrong}; a list of texts is needed")
+        self.set(version=validate.name(str(self.version), "version"), limitations=tuple(limitations))
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +250,7 @@ class DefaultRecipe(validate.Checked):
         0.5 µm/px).
     stages
         Stages of the encoder whose averaged feature maps are the features. ``"auto"``: the last three of a convolutional
-        network, and the output of a transformer; ``None``: the output.
+        network, and the output of a transformer; ``None``: the output. Their order has no effect.
     tile_windows
         Whether an encoder trained at a known µm/px reads a wider window as tiles at its own µm/px, whose features
         are averaged: 2 × 2 for 224 µm, 4 × 4 for 448. ``False``: each window is resized to one input at any µm/px. The
@@ -290,6 +295,10 @@ class DefaultRecipe(validate.Checked):
             or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
         ):
             raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
+        if isinstance(self.stages, list | tuple):
+            validate.all_different(self.stages, "stages", "positions")
+            # In the order of the network, in which the maps are computed.
+            self.set(stages=tuple(sorted(map(int, self.stages))))
         validate.whole_number(self.n_recoloured, "n_recoloured", least=0)
         validate.whole_number(self.n_latent, "n_latent", least=2)
         if self.n_latent % 2:

@@ -7,13 +7,13 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..._core import validate
 from ..._core.logs import logger
 from ..._settings import settings
 from .arguments import check_window_pixels, identifiers, read_all
-from .names import symbols_of
+from .names import current_names
 from .options import (
     MIN_SPOT_SHARE,
     CardText,
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ...models import EncoderSpec, HE2Gene
-
-T = TypeVar("T")
 
 
 def train(
@@ -140,11 +138,14 @@ def train(
     from .fit import train_by_gradient, train_default
 
     recipe = recipe_of(preset)
-    keys = _or_default(keys, SectionKeys, "keys")
+    keys = SectionKeys() if keys is None else keys
+    validate.instance(keys, SectionKeys, "keys", "hg.SectionKeys(...)")
     genes = genes if isinstance(genes, GeneSelection) else GeneSelection(genes=genes)
     classes = classes if isinstance(classes, Classes) else Classes(merge={} if classes is None else classes)
-    card = _or_default(card, CardText, "card")
+    card = CardText() if card is None else card
+    validate.instance(card, CardText, "card", "hg.CardText(...)")
     validate.one_of(validation, ("grouped", "random"), "validation")
+    validate.name(name, "name")
     if classes.merge and annotation_key is None:
         raise ValueError("`classes` names labels, but `annotation_key` is None; name the column of obs with the labels")
     folder = None if cache is None else validate.folder_or_file(cache, "cache")
@@ -166,7 +167,7 @@ def train(
     named = isinstance(encoder, str) and local_path(encoder) is None
     ids, symbols = identifiers(genes.ensembl_ids)
     if genes.genes is not None:
-        genes = replace(genes, genes=symbols_of(genes.genes, symbols))
+        genes = replace(genes, genes=current_names(genes.genes, symbols))
     columns = TrainingKeys(annotation_key, sample_key, section_key, keys)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
@@ -194,14 +195,6 @@ def train(
     if named:
         return replace(model, allow_encoder_source=True)
     return replace(model, encoder=encoder if isinstance(encoder, tuple) else (network, spec))
-
-
-def _or_default(given: T | None, kind: type[T], parameter: str) -> T:
-    """Return the given object, or one with default values."""
-    if given is not None:
-        validate.instance(given, kind, parameter, f"hg.{kind.__name__}(...)")
-        return given
-    return kind()
 
 
 def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> None:

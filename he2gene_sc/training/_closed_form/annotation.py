@@ -15,7 +15,7 @@ import numpy as np
 from ...models._embedding import Basis, Context
 from .._calibrate import UNSEEN_LOGIT
 from .._sections import Section
-from .heads import components, components_of, fit_softmax, principal_directions
+from .heads import components, components_of, fit_softmax, moments, principal_directions
 
 #: Number of components of a spot, and of the ring around it.
 N_COMPONENTS = 64
@@ -95,9 +95,9 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
     """Return mean, scale (including differences between patients) and principal components; patients have equal weight."""
     names = [section.patient for section, _ in used]
     share = np.array([1 / names.count(name) for name in names]) / len(set(names))
-    moments = [_moments(section.features, chosen) for section, chosen in used]
-    mean = sum((part * first for part, (first, _) in zip(share, moments, strict=True)), start=np.zeros(len(weights)))
-    square = sum(part * second for part, (_, second) in zip(share, moments, strict=True))
+    found = [moments(section.features, chosen) for section, chosen in used]
+    mean = sum((part * first for part, (first, _) in zip(share, found, strict=True)), start=np.zeros(len(weights)))
+    square = sum(part * second for part, (_, second) in zip(share, found, strict=True))
     scale = np.sqrt(np.maximum(square - np.square(mean), 0))
     scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
@@ -112,14 +112,3 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
             gram += part / (views * len(z)) * (z.T @ z)
     projection = weights[:, None] * principal_directions(gram, min(N_COMPONENTS, len(weights)))
     return Basis(mean, scale, projection.astype(np.float32), np.empty((0, 0)), ANNOTATION_CONTEXT)
-
-
-def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and mean square of the features over spots and symmetries, ``(f,)`` float64."""
-    views = features.shape[1]
-    total, square = np.zeros(features.shape[2]), np.zeros(features.shape[2])
-    for view in range(views):
-        x = np.asarray(features[chosen, view], np.float64)
-        total += x.mean(0) / views
-        square += np.square(x).mean(0) / views
-    return total, square

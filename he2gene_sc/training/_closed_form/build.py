@@ -11,7 +11,7 @@ from threadpoolctl import threadpool_limits
 
 from ..._core.logs import logger
 from ...models import HE2Gene
-from ...models._embedding import NO_CONTEXT, Context
+from ...models._embedding import NO_CONTEXT, Context, reciprocal
 from ...models._gene_table import REFERENCES
 from .._calibrate import calibration_unit, card_entry
 from .._figures import (
@@ -102,7 +102,7 @@ def build_model(
         recipe,
         n_classes=n_classes,
         n_target=n_target,
-        calibration=None if exchangeable is None else (exchangeable, exchangeable),
+        calibration=exchangeable,
         programmes=set_weights,
     )
     panels_only: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_only": True}
@@ -290,9 +290,7 @@ def _fit_colour(
     basis = fit_basis(colour, rows, recipe)
     sums = fit_sums(colour, rows, basis, recipe.power)
     usable = basis.scale > 0
-    to_embedding = np.where(usable, 1 / np.where(usable, basis.scale, 1), 0)[:, None] * (
-        basis.projection @ basis.mixing
-    )
+    to_embedding = reciprocal(basis.scale, usable)[:, None] * (basis.projection @ basis.mixing)
     weight = to_embedding @ sums.weights(choice)[:, genes]
     return {
         "colour.weight": weight.astype(np.float32),

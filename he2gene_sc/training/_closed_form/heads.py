@@ -80,6 +80,9 @@ class Sums:
     mean: np.ndarray  # (g,) over the spots in which the gene was measured
     measured: np.ndarray  # (lists, g)
     power: float  # unit of the penalty
+    without_rings: Sums | None = (
+        None  # of the half of the embedding without neighbours; the others are of the half with them
+    )
 
     @cached_property
     def root(self) -> np.ndarray:
@@ -91,12 +94,13 @@ class Sums:
 
     @property
     def parts(self) -> tuple[Sums, ...]:
-        """The only part, itself."""
-        return (self,)
+        """Sums of the parts of the embedding, each with its own choice."""
+        return (self,) if self.without_rings is None else (self.without_rings, self)
 
     def weights(self, choice: Choice) -> np.ndarray:
-        """Solve for the choice, see :meth:`ridge`."""
-        return self.ridge(choice.penalty, choice.rank)
+        """Solve all parts for the choice: ``(k, g)`` float32, see :meth:`ridge`."""
+        choices = (choice,) if choice.without_rings is None else (choice.without_rings, choice)
+        return np.concatenate([p.ridge(c.penalty, c.rank) for p, c in zip(self.parts, choices, strict=True)])
 
     def ridge(self, penalty: float, rank: int | None = None) -> np.ndarray:
         """Solve for one penalty and rank: weights ``(k, g)`` float32, see :meth:`path`."""
@@ -137,35 +141,12 @@ class Sums:
                 yield scipy.linalg.solve_triangular(root.T, shrunk, lower=False).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class PairedSums:
-    """Sums for both halves of the embedding: without and with neighbours."""
-
-    without_rings: Sums
-    with_rings: Sums
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean target of each gene ``(g,)``."""
-        return self.with_rings.mean
-
-    @property
-    def parts(self) -> tuple[Sums, ...]:
-        """Sums of the halves."""
-        return self.without_rings, self.with_rings
-
-    def weights(self, choice: Choice) -> np.ndarray:
-        """Solve both halves for the choice: ``(k, g)`` float32."""
-        assert choice.without_rings is not None
-        return np.concatenate([self.without_rings.weights(choice.without_rings), self.with_rings.weights(choice)])
-
-
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:
     """Fit the principal components of features, and those of spots and rings, on the chosen rows ``(n,)`` of each section."""
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
-    means, variances = zip(*(_moments(section.features, chosen) for section, chosen in used), strict=True)
-    mean = np.mean(means, axis=0).astype(np.float32)
-    scale = np.sqrt(np.mean(variances, axis=0))
+    means, squares = map(np.stack, zip(*(moments(section.features, chosen) for section, chosen in used), strict=True))
+    mean = means.mean(0).astype(np.float32)
+    scale = np.sqrt(np.maximum(squares - np.square(means), 0).mean(0))
     # A constant feature becomes 0, instead of rounding errors divided by each other.
     scale = np.where(scale > _TINY * (np.abs(mean) + 1), scale, 0).astype(np.float32)
     weights = recipe.weights
@@ -200,7 +181,7 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
     return Basis(mean, scale, basis.projection, mixing.astype(np.float32), recipe.context)
 
 
-def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums | PairedSums:
+def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Basis, power: float) -> Sums:
     """Collect the sums of the ridge, with targets centred by section.
 
     Sections differ in depth and handling that the image does not show; otherwise slopes would transfer them to new slides.
@@ -214,9 +195,9 @@ def fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Bas
     no_rings = replace(all_rings, rings_um=(), weights=())
     without_rings = replace(basis, mixing=(1 + _SMOOTHING) * basis.mixing[:width, :half], context=no_rings)
     with_rings = replace(basis, mixing=basis.mixing[:, half:], context=all_rings)
-    return PairedSums(
-        _fit_sums(sections, rows, without_rings, power / (1 + sum(context.weights))),
+    return replace(
         _fit_sums(sections, rows, with_rings, power),
+        without_rings=_fit_sums(sections, rows, without_rings, power / (1 + sum(context.weights))),
     )
 
 
@@ -300,14 +281,14 @@ def _rings(section: Section, context: Context) -> tuple:
     return section.rings[context.rings_um]
 
 
-def _moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and variance of the features over spots and symmetries, ``(f,)`` float64."""
+def moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and mean square of the features over the chosen spots and symmetries, ``(f,)`` float64."""
     total, squares = np.zeros((2, features.shape[2]))
     views = features.shape[1]
     for view in range(views):
         x = np.asarray(features[chosen, view], np.float64)
         total, squares = total + x.mean(0) / views, squares + np.square(x).mean(0) / views
-    return total, np.maximum(squares - np.square(total), 0)
+    return total, squares
 
 
 def principal_directions(gram: np.ndarray, k: int) -> np.ndarray:

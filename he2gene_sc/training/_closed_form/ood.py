@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...models._embedding import N_COLOUR
+from ...models._embedding import N_COLOUR, reciprocal
 from ...models._ood import (
     BANK,
     MEAN,
@@ -33,8 +33,8 @@ _BANK = 1500
 _LIMIT_QUANTILE = 0.9
 #: Factor of the limits if sections of one patient were left out instead of patients.
 _ONE_PATIENT_FACTOR = 1.5
-#: Limit of the apparent size in octaves: the error of the worst left-out section times 2, at least and at most this, so that a
-#: size wrong by two is detected. But at least the error of the worst training section times 3: more, if features hardly show the size.
+#: Limit of the apparent size in octaves: worst left-out error × 2, clipped to 0.6 to 0.75, so that a size wrong by two is
+#: detected; never below worst training error × 3, for features that hardly show the size.
 _OCTAVES, _LEFT_OUT_FACTOR, _OWN_FACTOR = (0.6, 0.75), 2.0, 3.0
 #: Largest µm/px of a slide, relative to the coarsest training image.
 _MAX_COARSENING = 1.3
@@ -68,9 +68,10 @@ def fit_detector(
     encoded = np.where(np.arange(len(weights)) < len(weights) - n_colour, weights, 0).astype(np.float32)
     space = _Space.fit(features, patients, encoded)
     tensors = space.tensors() | {BANK: space.bank(features).astype(np.float16)}
-    distances, residuals = _leave_one_out(
-        features, patients if len(names) > 1 else [str(i) for i in range(len(sections))], encoded
-    )
+    # If there is one patient, its sections are left out.
+    groups = patients if len(names) > 1 else [str(i) for i in range(len(sections))]
+    parts = [[i for i, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
+    distances, residuals = zip(*_leave_out(features, groups, encoded, parts), strict=True)
     slack = 1.0 if len(names) > 1 else _ONE_PATIENT_FACTOR
     tensors[SIZE], own, left_out = _fit_sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
     coarsest = max(max(section.mpp for section in sections), min(windows_um) / input_px)
@@ -106,7 +107,7 @@ class _Space:
         scale = np.sqrt(sum(part * x.var(0, dtype=np.float64) for part, x in zip(share, features, strict=True)))
         scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
         mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-        inverse = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0) * weights
+        inverse = reciprocal(scale, scale > 0) * weights
         gram = np.zeros((len(mean), len(mean)))
         for part, x in zip(share, features, strict=True):
             z = ((x - mean) * inverse).astype(np.float64)
@@ -128,19 +129,19 @@ class _Space:
         return {MEAN: self.mean, SCALE: self.scale, WEIGHTS: self.weights, PROJECTION: self.projection}
 
 
-def _leave_one_out(
-    features: Sequence[np.ndarray], groups: Sequence[str], weights: np.ndarray
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return distances and residuals of the spots of each group, with statistics of the other groups."""
-    distances, residuals = [], []
-    for name in dict.fromkeys(groups):
-        others = [i for i, group in enumerate(groups) if group != name]
-        space = _Space.fit([features[i] for i in others], [groups[i] for i in others], weights)
+def _leave_out(
+    features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray, parts: Iterable[Sequence[int]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield distances and residuals of the spots of the sections of each part, with statistics of all other sections."""
+    for part in parts:
+        others = [i for i in range(len(features)) if i not in part]
+        space = _Space.fit([features[i] for i in others], [patients[i] for i in others], weights)
         bank = space.bank([features[i] for i in others])
-        projected = [space.project(x) for x, group in zip(features, groups, strict=True) if group == name]
-        distances.append(np.concatenate([distance_to_bank(own, bank) for own, _ in projected]))
-        residuals.append(np.concatenate([residual for _, residual in projected]))
-    return distances, residuals
+        projected = [space.project(features[i]) for i in part]
+        yield (
+            np.concatenate([distance_to_bank(own, bank) for own, _ in projected]),
+            np.concatenate([residual for _, residual in projected]),
+        )
 
 
 def _limit(of_groups: Sequence[np.ndarray], slack: float) -> float:
@@ -150,15 +151,8 @@ def _limit(of_groups: Sequence[np.ndarray], slack: float) -> float:
 
 def _known_patient_limit(features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> float | None:
     """Return the largest median distance of a section of a known patient; ``None`` if no patient has two sections."""
-    found = []
-    for i, name in enumerate(patients):
-        if patients.count(name) < 2:
-            continue
-        others = [j for j in range(len(patients)) if j != i]
-        space = _Space.fit([features[j] for j in others], [patients[j] for j in others], weights)
-        found.append(
-            float(np.median(distance_to_bank(space.project(features[i])[0], space.bank([features[j] for j in others]))))
-        )
+    parts = [[i] for i, name in enumerate(patients) if patients.count(name) > 1]
+    found = [float(np.median(distances)) for distances, _ in _leave_out(features, patients, weights, parts)]
     return round(max(found), 6) if found else None
 
 
@@ -184,57 +178,43 @@ def _fit_sizes(
     """Fit window size to features; return the fit, its worst error over sections in octaves, and that of fits to the others."""
     if len(windows_um) < 2:
         return np.zeros(0, np.float32), 0.0, 0.0
-    total = functools.reduce(operator.add, (_SizeSums.from_section(x, windows_um, n_colour) for x in features))
-    size = total.fit(windows_um)
+    n = len(features)
+    total = functools.reduce(operator.add, (_size_sums(x, windows_um, n_colour) for x in features))
+    size = _fit_size(total / n, windows_um)
 
     def worst_error(fits: Iterable[np.ndarray]) -> float:
         return max(abs(size_error(apparent_sides(x, fit, windows_um))) for x, fit in zip(features, fits, strict=True))
 
-    others = ((total - _SizeSums.from_section(x, windows_um, n_colour)).fit(windows_um) for x in features)
-    return size, worst_error([size] * len(features)), worst_error(others)
+    others = (_fit_size((total - _size_sums(x, windows_um, n_colour)) / (n - 1), windows_um) for x in features)
+    return size, worst_error([size] * n), worst_error(others)
 
 
-@dataclass(frozen=True)
-class _SizeSums:
-    """Sums over sections, with weight 1 each, of moments of the features ``x`` of windows and log2 of their sides."""
+def _size_sums(features: np.ndarray, windows_um: tuple[float, ...], n_colour: int) -> np.ndarray:
+    """Return moments of the features ``x`` of windows ``(n, f)`` and log2 of their sides: x, x · side and x · x, ``(2 + k, k)``."""
+    w = len(windows_um)
+    k = (features.shape[1] - n_colour) // w
+    sums = np.zeros((2 + k, k))
+    for i, side in enumerate(np.log2(windows_um)):
+        window = features[:, i * k : (i + 1) * k].astype(np.float64)
+        mean = window.mean(0) / w
+        sums += np.vstack([mean, side * mean, window.T @ window / (len(window) * w)])
+    return sums
 
-    n: float
-    x: np.ndarray
-    xx: np.ndarray
-    xy: np.ndarray
 
-    @classmethod
-    def from_section(cls, features: np.ndarray, windows_um: tuple[float, ...], n_colour: int) -> _SizeSums:
-        """Compute the sums of one section, ``(n, f)``."""
-        w, sides = len(windows_um), np.log2(windows_um)
-        k = (features.shape[1] - n_colour) // w
-        x, xx, xy = np.zeros(k), np.zeros((k, k)), np.zeros(k)
-        for i, side in enumerate(sides):
-            window = features[:, i * k : (i + 1) * k].astype(np.float64)
-            mean = window.mean(0) / w
-            x, xx, xy = x + mean, xx + window.T @ window / (len(window) * w), xy + side * mean
-        return cls(1, x, xx, xy)
+def _fit_size(moments: np.ndarray, windows_um: tuple[float, ...]) -> np.ndarray:
+    """Fit a ridge of log2 of the side of a window on its features to mean moments of sections, with slope 1.
 
-    def __add__(self, other: _SizeSums) -> _SizeSums:
-        return _SizeSums(self.n + other.n, self.x + other.x, self.xx + other.xx, self.xy + other.xy)
-
-    def __sub__(self, other: _SizeSums) -> _SizeSums:
-        return _SizeSums(self.n - other.n, self.x - other.x, self.xx - other.xx, self.xy - other.xy)
-
-    def fit(self, windows_um: tuple[float, ...]) -> np.ndarray:
-        """Fit a ridge of log2 of the side of a window on its features, with equal weights of sections and slope 1.
-
-        Windows of several sizes are labelled examples: one of 200 µm looks like one of 100 µm with a µm/px wrong by a factor of two.
-        """
-        y = np.log2(windows_um)
-        centre, mean = y.mean(), self.x / self.n
-        covariance = self.xx / self.n - np.outer(mean, mean)
-        variance = covariance.diagonal()
-        usable = variance > _ROUNDING * np.square(mean)
-        inverse = np.where(usable, 1 / np.sqrt(np.where(usable, variance, 1)), 0)
-        gram = covariance * np.outer(inverse, inverse)
-        with_size = (self.xy / self.n - mean * centre) * inverse
-        slope = np.linalg.solve(gram + _PENALTY * np.eye(len(gram)), with_size)
-        # A ridge shrinks predictions towards the mean; the slope is rescaled so that octaves are unbiased.
-        slope *= y.var() / max(slope @ with_size, 1e-9) * inverse
-        return np.append(slope, centre - mean @ slope).astype(np.float32)
+    Windows of several sizes are labelled examples: one of 200 µm looks like one of 100 µm with a µm/px wrong by a factor of two.
+    """
+    y = np.log2(windows_um)
+    centre, mean = y.mean(), moments[0]
+    covariance = moments[2:] - np.outer(mean, mean)
+    variance = covariance.diagonal()
+    usable = variance > _ROUNDING * np.square(mean)
+    inverse = np.where(usable, 1 / np.sqrt(np.where(usable, variance, 1)), 0)
+    gram = covariance * np.outer(inverse, inverse)
+    with_size = (moments[1] - mean * centre) * inverse
+    slope = np.linalg.solve(gram + _PENALTY * np.eye(len(gram)), with_size)
+    # A ridge shrinks predictions towards the mean; the slope is rescaled so that octaves are unbiased.
+    slope *= y.var() / max(slope @ with_size, 1e-9) * inverse
+    return np.append(slope, centre - mean @ slope).astype(np.float32)

@@ -15,7 +15,7 @@ from .._programmes import compare_scores
 from .._scratch import spill
 from .._sections import Section
 from .annotation import AnnotationHead, fit_annotation
-from .heads import Choice, PairedSums, Recipe, Sums, embed, fit_basis, fit_sums
+from .heads import Choice, Recipe, Sums, embed, fit_basis, fit_sums
 
 #: Penalties to choose from, in units of the expected sum of squares of the components of a spot.
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -29,7 +29,7 @@ _GENES_AT_ONCE, _VALUES_AT_ONCE = 2048, 4_000_000
 @dataclass(frozen=True)
 class _Fold:
     basis: Basis
-    sums: Sums | PairedSums
+    sums: Sums
     held: tuple[np.ndarray, ...]
     embeddings: dict[int, np.ndarray]  # unweighted
     target: np.ndarray
@@ -76,15 +76,15 @@ def cross_validate(
     n_classes: int,
     n_target: int,
     choice: Choice | None = None,
-    calibration: tuple[str, str] | None = None,
+    calibration: str | None = None,
     programmes: np.ndarray | None = None,
     panels_only: bool = False,
 ) -> tuple[Choice, dict[str, HeldOut]]:
     """Hold out one group after the other, choose penalty and rank, and return the choice and held-out results by protocol.
 
     ``protocols`` are codes ``(n,)`` of each section by name. The choice has the highest mean correlation of the target genes,
-    averaged over protocols, on the same folds as the metrics. ``calibration`` names the protocol whose residuals are kept, and
-    the exchangeable unit: ``"patient"`` or ``"section"``. ``programmes`` are weights of gene sets ``(g, sets)``, whose scores
+    averaged over protocols, on the same folds as the metrics. ``calibration`` names the protocol whose residuals are kept, by
+    its exchangeable unit: ``"patient"`` or ``"section"``. ``programmes`` are weights of gene sets ``(g, sets)``, whose scores
     are compared too. ``panels_only`` leaves out metrics of all genes.
     """
     fitted = {
@@ -100,10 +100,9 @@ def cross_validate(
         *without_rings, choice = (Choice(PENALTIES[penalty], RANKS[rank]) for penalty, rank in best)
         if without_rings:
             choice = replace(choice, without_rings=without_rings[0])
-    unit = dict([calibration] if calibration is not None else [])
     return choice, {
         name: _collect(
-            *(sections, folds, choice, n_classes, unit.get(name), programmes),
+            *(sections, folds, choice, n_classes, name if name == calibration else None, programmes),
             n_genes=0 if panels_only else None,
             by_level=recipe.by_level,
         )

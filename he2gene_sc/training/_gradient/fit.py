@@ -38,7 +38,6 @@ class Fitted:
     expression: np.ndarray  # (h, g) float32 from the training window, floored at 0
     proba: np.ndarray  # (h, c) float32; c is 0 without an annotation head
     trained: np.ndarray  # positions of the training spots
-    spec: EncoderSpec
     temperature: float | None  # by which the annotation head was divided
 
 
@@ -54,7 +53,7 @@ def fit_network(
     n_classes: int | None = None,
     names: Mapping[str, Sequence[str]] | None = None,
     seed: int = 0,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "cpu",
     show_progress: bool = False,
 ) -> Fitted:
     """Train a copy of an encoder and linear heads by a preset.
@@ -77,7 +76,7 @@ def fit_network(
 
     accelerator, used = hardware(device, run.devices)
     precision: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))
-    if accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available()):
+    if accelerator == "cpu":
         n_neighbours = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
         patches = min(preset.batch_size, len(rows.train)) * (1 + n_neighbours)
         check_memory(
@@ -145,7 +144,7 @@ def fit_network(
         tensors = name_tensors(module)
         temperature = None if preset.exact else calibrate(module, spec, tensors, rows.held_out, preset.tta)
         expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
-    found = predicted, expression, proba, rows.train, spec, temperature
+    found = predicted, expression, proba, rows.train, temperature
     return Fitted(tensors, keeper.history, keeper.best_epoch, rows.unit, *found)
 
 
@@ -190,8 +189,6 @@ def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
 
 def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
     """Return Lightning's accelerator and devices for a device and a number of devices (default: one)."""
-    if str(device) == "auto":
-        return "auto", 1 if devices is None else devices
     device = torch.device(device)
     if devices is None:
         devices = 1 if device.index is None else [device.index]
@@ -200,8 +197,7 @@ def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
 
 def default_precision(accelerator: str) -> str:
     """Return the default precision: bfloat16 on CUDA, single precision elsewhere."""
-    cuda = accelerator == "cuda" or (accelerator == "auto" and torch.cuda.is_available())
-    return "bf16-mixed" if cuda else "32-true"
+    return "bf16-mixed" if accelerator == "cuda" else "32-true"
 
 
 def is_first_process() -> bool:

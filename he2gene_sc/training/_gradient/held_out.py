@@ -10,11 +10,25 @@ import numpy as np
 from ...stats import pearson
 from .._closed_form.validate import N_VARIABLE
 from .._figures import balanced_accuracy
-from .._predictability import bounds, mean_by_patient
+from .._predictability import (
+    GROUP_UNITS,
+    MIN_GROUPS,
+    RELIABLE_PCC,
+    bounds,
+    good_in_each_patient,
+    good_on_known_patients,
+    known_patient_rule,
+    mean_by_patient,
+    mean_of_several,
+    no_groups,
+    too_few_patients,
+)
 from .fit import Fitted
 from .patches import PatchSet, column_means
 
 _DIGITS = 4
+#: Fewest held-out sections for the bound on known patients.
+_MIN_SECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -84,21 +98,46 @@ def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, 
     return result
 
 
-def gene_figures(found: Sequence[HeldOutSection], patients: Sequence[int] | None = None) -> dict[str, np.ndarray]:
-    """Return mean ``pcc`` of each gene, its 95 % interval (t over held-out sections), ``skill`` and ``pcc_new_patient``.
+def gene_figures(found: Sequence[HeldOutSection], unit: str, patients: Sequence[int]) -> dict[str, np.ndarray]:
+    """Return metrics of each gene, and whether it is reliable; ``patients`` has the code of each section.
 
-    NaN without a section (two are needed for the interval) or with fewer than two patients. Pass ``patients`` if they were
-    held out.
+    ``pcc`` has a 95 % interval (t over held-out sections, two are needed). ``pcc_new_patient`` needs two held-out patients, and
+    ``reliable`` needs :data:`MIN_GROUPS`. Without depth and references, its bound is that of the mean correlation over patients.
     """
     pcc = np.array([part.pcc for part in found])
-    mean, low, high = bounds(pcc, min_groups=2)
-    new_patient = np.full(pcc.shape[1], np.nan)
-    if patients is not None:
-        across = mean_by_patient(pcc, [patients[part.section] for part in found])
-        new_patient = np.where(np.isfinite(across).sum(0) > 1, bounds(across)[0], np.nan)
+    mean, low, high = bounds(pcc, min_groups=_MIN_SECTIONS)
     error, base = (np.sum([getattr(part, name) for part in found], axis=0) for name in ("error", "base"))
     skill = np.where(np.isfinite(mean), 1 - error / np.where(base > 0, base, 1), np.nan)
-    return {"pcc": mean, "pcc_low": low, "pcc_high": high, "pcc_new_patient": new_patient, "skill": skill}
+    new_patient, reliable = np.full(pcc.shape[1], np.nan), np.zeros(pcc.shape[1], bool)
+    if unit == "patient":
+        across = mean_by_patient(pcc, [patients[part.section] for part in found])
+        new_patient = mean_of_several(across, across)
+        reliable = (bounds(across)[1] > RELIABLE_PCC) & good_in_each_patient(across) & (skill > 0)
+    return {
+        "pcc": mean,
+        "pcc_low": low,
+        "pcc_high": high,
+        "pcc_new_patient": new_patient,
+        "skill": skill,
+        "reliable": reliable,
+        "reliable_known_patient": good_on_known_patients(unit, low, skill),
+    }
+
+
+def reliable_rule(found: Sequence[HeldOutSection], unit: str, patients: Sequence[int]) -> str:
+    """Return the rule of reliable genes of :func:`gene_figures` in words."""
+    n = len({patients[part.section] for part in found}) if unit == "patient" else 0
+    on_new = too_few_patients(n)
+    if n >= MIN_GROUPS:
+        on_new = (
+            f"the lower 95 % bound of its mean correlation over the {n} patients, held out whole, is above {RELIABLE_PCC}, so is "
+            "its correlation in each of them, and its held-out skill against the training mean is positive; it was not compared "
+            "with depth, colour and coordinates."
+        )
+    if unit not in GROUP_UNITS:
+        return f"{on_new} {no_groups(f'only held-out {unit}s')}"
+    groups = "sections of held-out patients" if n else "sections, held out; valid only for known patients"
+    return f"{on_new} {known_patient_rule(f'{len(found)} {groups}', _MIN_SECTIONS)}"
 
 
 def _mean(values: np.ndarray) -> float:

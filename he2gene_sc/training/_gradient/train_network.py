@@ -18,9 +18,8 @@ from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
-from .._predictability import GROUP_UNITS, RELIABLE_PCC
 from .fit import Fitted, fit_network
-from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, variable_genes
+from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, reliable_rule, variable_genes
 from .patches import PatchSet, Split, Targets, balanced_folds, column_means, neighbour_table, split
 from .presets import Preset
 from .run_options import RunOptions
@@ -69,7 +68,7 @@ def train_network(
     validation: str = "grouped",
     cross_validate: bool = False,
     seed: int = 0,
-    device: str | torch.device = "auto",
+    device: str | torch.device = "cpu",
     show_progress: bool = False,
 ) -> HE2Gene:
     """Train a whole network by a preset, and return that of the best epoch with its card, in single precision.
@@ -123,7 +122,7 @@ def _protocol(unit: str) -> str:
     if unit == "spot":
         return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
     warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
-    return f"one fold of held-out {unit}s, which also said when to stop (so figures are slightly too good){warning}"
+    return f"one fold of held-out {unit}s, also used for early stopping, so metrics are slightly optimistic{warning}"
 
 
 def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
@@ -149,38 +148,29 @@ def _describe(
     metrics: dict[str, Any],
     found: list[HeldOutSection],
 ) -> HE2Gene:
-    patients = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
-    genes = gene_figures(found, [patients[i] for i in sorted(patients)] if fitted.unit == "patient" else None)
-    is_grouped = fitted.unit in GROUP_UNITS
+    patient_of = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
+    patients = [patient_of[i] for i in sorted(patient_of)]
     variable = variable_genes(data, np.arange(len(data)))
-    genes["reliable"] = (
-        is_grouped & (np.nan_to_num(genes["pcc_low"]) > RELIABLE_PCC) & (np.nan_to_num(genes["skill"]) > 0)
-    )
     mean = column_means(data.targets, np.arange(len(data)))
+    genes = gene_figures(found, fitted.unit, patients)
     table = metadata.table(np.flatnonzero(data.target_mask), variable, mean, genes)
-    spec = fitted.spec
+    spec = metadata.encoder
     trained = copy.deepcopy(encoder).cpu()
     trained.load_state_dict(
         {key.removeprefix(ENCODER): torch.from_numpy(v) for key, v in fitted.tensors.items() if key.startswith(ENCODER)}
     )
     if "annotation.weight" not in fitted.tensors:
         metadata = replace(metadata, classes=(), class_colors=())
-    card = replace(metadata, encoder=spec, encoder_sha256=encoder_sha256(trained)).card(
+    card = replace(metadata, encoder_sha256=encoder_sha256(trained)).card(
         table,
         fitted.tensors,
         training=training,
         metrics=metrics,
-        reliable_rule=(
-            "the lower 95 % bound of its held-out Pearson correlation (t over the held-out sections, at least two) is "
-            f"above {RELIABLE_PCC} and its held-out skill against the training mean is positive"
-            if is_grouped
-            else f"figures of held-out patients or sections say so; there are only those of held-out {fitted.unit}s"
-        ),
+        reliable_rule=reliable_rule(found, fitted.unit, patients),
         limitations=(
             *metadata.limitations,
             *_calibration(fitted, preset),
-            f"Its figures are those of the {preset.train_window_um:g} µm window it was trained on, averaged over "
-            "symmetries; predictions average the windows named above.",
+            f"Metrics use only the training window ({preset.train_window_um:g} µm); predictions average all windows.",
         ),
         fusion="mean",
         tta=preset.tta,
@@ -198,8 +188,8 @@ def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     if fitted.temperature is None:
         return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
     return [
-        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that also "
-        "said when to stop, seen through the training window; predictions average the windows named above."
+        f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that were "
+        "also used for early stopping, in the training window; predictions average all windows."
     ]
 
 
