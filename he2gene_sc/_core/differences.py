@@ -14,7 +14,8 @@ import numpy as np
 from . import logs
 from .equality import is_same_value, same_array, same_column
 from .keys import MAPPINGS
-from .rasters import entries_of, levels, zarr_folders
+from .rasters import entries_of, levels
+from .sources import folder_of, sources
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -265,5 +266,5 @@ def _zarr_path(array: Any) -> str | None:
     plain_steps = ("original-from-zarr", "from-zarr", "rechunk-merge", "rechunk-split", "rechunk-p2p")
     if not all(name.startswith(plain_steps) for name in layers):
         return None
-    found = {str(folder.resolve()) for folder in zarr_folders(array)}
+    found = {str(folder.resolve()) for folder in map(folder_of, sources(array)) if folder is not None}
     return found.pop() if len(found) == 1 else None

@@ -13,7 +13,8 @@ import pandas as pd
 from . import validate
 from .keys import ATTRS, MAPPINGS, OWN_TABLE
 from .names import annotation_target, as_list
-from .rasters import levels, zarr_sources
+from .rasters import levels
+from .sources import folder_of, sources
 from .validate import format_list
 
 if TYPE_CHECKING:
@@ -152,26 +153,33 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
 
 
 def check_files(place: str, element: Any) -> None:
-    """Raise if the zarr files of an image, labels, lazy table or array are missing or others: zarr would read zeros or noise."""
+    """Raise if files of a lazy element, table or array are missing or others: zarr would read zeros or noise."""
+    from zarr import Array
+    from zarr.storage import LocalStore
+
     if hasattr(element, "obs_names"):
         arrays = [element.X, *(value for slot in MAPPINGS for value in getattr(element, slot).values())]
     elif hasattr(element, "dims") or hasattr(element, "children"):
         arrays = [level.data for level in levels(element)]
-    elif hasattr(element, "chunks"):
-        arrays = [element]
     else:
-        return
-    for folder, source in (found for array in arrays for found in zarr_sources(array)):
-        # Resolve a relative path now, since the working folder may change.
-        source.store.root = source.store.root.absolute()
-        metadata = next((folder / name for name in ("zarr.json", ".zarray") if (folder / name).is_file()), None)
+        arrays = [element]
+    for source in (found for array in arrays for found in sources(array)):
+        folder = folder_of(source)
+        if folder is None:
+            continue
+        if isinstance(getattr(source, "store", None), LocalStore):
+            # Resolve a relative path now, since the working folder may change.
+            source.store.root = source.store.root.absolute()
+        is_zarr = isinstance(source, Array)
+        files = [folder / name for name in ("zarr.json", ".zarray")] if is_zarr else [folder]
+        metadata = next((file for file in files if file.exists()), None)
         if metadata is None:
             raise FileNotFoundError(
                 f"`sdata`: {place} reads {str(folder.absolute())!r}, which does not exist: was the store moved or deleted, or "
                 "has the working folder changed? Read it again with spatialdata.read_zarr"
             )
-        shape = json.loads(metadata.read_bytes()).get("shape")
-        if shape != list(source.shape):
+        shape = json.loads(metadata.read_bytes()).get("shape") if is_zarr else None
+        if is_zarr and shape != list(source.shape):
             raise FileNotFoundError(
                 f"`sdata`: {place} was read from {str(folder.absolute())!r} as an array of shape {list(source.shape)}, which now "
                 f"has shape {shape}: was it replaced, or has the working folder changed? Read the store again with "

@@ -30,6 +30,8 @@ REGION_FACTS = ("image", "coordinate_system", "level", "mpp", "mpp_source", "n_s
 ALIGNED = {"obs": ("obs", "obsm", "obsp", "uns", "layers"), "var": ("var", "varm", "varp", "layers")}
 MAPPINGS = ("layers", "obsm", "varm", "obsp", "varp")
 SLOTS = ("obs", "var", *MAPPINGS, "uns")
+#: Prefix of the dask name of a lazy layer. A digest of its inputs follows, so layers of one name hold the same values.
+LAZY = "he2gene-lazy-"
 
 #: Names of elements and keys that zarr stores of spatialdata accept.
 _VALID = re.compile(r"[A-Za-z0-9_.-]+")

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._settings import settings
+from .keys import LAZY
 
 if TYPE_CHECKING:
     import dask.array as da
 
-#: Prefix of the dask name of a lazy layer. A digest of its inputs follows, so layers of one name hold the same values.
-LAZY = "he2gene-lazy-"
 #: Values in memory at once, by blocks of spots (all genes) and by blocks of genes (all spots).
 _SPOT_BLOCK, _GENE_BLOCK = 1 << 24, 1 << 26
 #: Least and largest number of genes per block.

@@ -1,8 +1,7 @@
-"""Parts of elements: arrays of images, labels and tables, zarr arrays that they read lazily, and transformations."""
+"""Parts of elements: arrays of images, labels and tables, and transformations."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 
@@ -16,21 +15,6 @@ def levels(element: Any) -> list[Any]:
 def entries_of(table: Any, slot: str) -> dict[str, Any]:
     """Return the entries of a slot by key; anndata 0.13 and later also list X among the layers, as ``None``."""
     return {key: value for key, value in dict(getattr(table, slot)).items() if key is not None}
-
-
-def zarr_folders(array: Any) -> list[Path]:
-    """Return the folders of the zarr arrays that a dask array reads."""
-    return [folder for folder, _ in zarr_sources(array)]
-
-
-def zarr_sources(array: Any) -> list[tuple[Path, Any]]:
-    """Return the zarr arrays that a dask array reads, with their folders."""
-    sources = []
-    for name, layer in getattr(getattr(array, "dask", None), "layers", {}).items():
-        if name.startswith("original-from-zarr"):
-            sources.append(dict(layer)[name])
-    roots = [(getattr(getattr(source, "store", None), "root", None), source) for source in sources]
-    return [(Path(root, source.path), source) for root, source in roots if root is not None]
 
 
 def systems_of(element: Any) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .keys import ALIGNED
-from .lazy import LAZY
+from .keys import ALIGNED, LAZY
 from .rasters import levels
 
 if TYPE_CHECKING:

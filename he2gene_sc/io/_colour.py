@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 #: Compressions whose decoder does not convert luminance and chroma to RGB; JPEG decoders do.
 _WITHOUT_CONVERSION = {1, 5, 8, 32773, 32946, 34925, 50000}
 _APERIO_YCBCR = 33003
-_READ_AS_STORED = {"MINISBLACK", "MINISWHITE", "RGB", "YCBCR"}
+_READ_AS_STORED = {"MINISBLACK", "RGB", "YCBCR"}
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,12 @@ class Colour:
     kind: Literal["rgb", "premultiplied", "opaque", "ink", "palette", "ycbcr"] = "rgb"
     factor: float = 1.0  # to 0..255
     palette: Any = None  # (3, n) uint8
+    order: tuple[int, ...] = ()  # positions of red, green and blue, if others than stored
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8."""
+        if self.order:
+            samples = samples[list(self.order)]
         if self.kind == "palette":
             return self.palette[:, np.minimum(samples[0], self.palette.shape[1] - 1)]
         if self.kind == "ink":
@@ -60,8 +63,10 @@ def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
     return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
 
 
-def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) -> Colour:
-    """Return the conversion to RGB of a TIFF page with ``n`` samples per pixel; ``sample`` are some pixels, ``(n, k)``."""
+def colour_of(page: tifffile.TiffPage, sample: np.ndarray, name: str, order: list[int] | None = None) -> Colour:
+    """Return the conversion to RGB of a TIFF page; ``sample`` are some pixels, ``(n, k)``."""
+    sample = sample if order is None else sample[order]
+    n = len(sample)
     photometric = getattr(page.photometric, "name", str(page.photometric))
     dtype = sample.dtype
     if photometric == "PALETTE" and n == 1 and dtype.kind == "u":
@@ -80,7 +85,8 @@ def colour_of(page: tifffile.TiffPage, n: int, sample: np.ndarray, name: str) ->
         if n != 3 or dtype != np.uint8:
             raise ValueError(f"`path` {name!r} has {n} channels of luminance and chroma ({dtype}); save it as RGB")
         return Colour("ycbcr")
-    return Colour(_kind_of_alpha(page, photometric, sample, name) if n == 4 else "rgb", factor)
+    kind: Any = _kind_of_alpha(page, photometric, sample, name) if n == 4 else "rgb"
+    return Colour(kind, factor, order=tuple(order or ()))
 
 
 def _palette(page: tifffile.TiffPage) -> np.ndarray:

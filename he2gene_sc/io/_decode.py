@@ -187,7 +187,7 @@ def _planes(channels: np.ndarray) -> np.ndarray:
 def _decode_tiff(path: Path) -> Decoded:
     with opened(path) as file:
         series = scan_of(file, path)
-        check_series(file, series, path)
+        order = check_series(file, series, path)
         check_whole(series, path)
         mpp, orientation = mpp_of(file, series, path), orientation_of(series)
         if is_tiled(series):
@@ -196,11 +196,11 @@ def _decode_tiff(path: Path) -> Decoded:
                     f"`path` {path.name!r} is stored mirrored or rotated (orientation tag {orientation}); turn it upright "
                     f"first, for example: vips autorot {path.name} OUT.tif[tile,pyramid]"
                 )
-            return Decoded(tiled_levels(file, series, path), mpp)
-        return Decoded(build_levels(_upright(_decode_strips(series, path), orientation)), mpp, orientation)
+            return Decoded(tiled_levels(file, series, path, order), mpp)
+        return Decoded(build_levels(_upright(_decode_strips(series, path, order), orientation)), mpp, orientation)
 
 
-def _decode_strips(series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
+def _decode_strips(series: tifffile.TiffPageSeries, path: Path, order: list[int] | None) -> np.ndarray:
     """Decode an image that cannot be read by region, to ``(3, h, w)`` uint8."""
     height, width = size_of(series)
     _check_size(path, width, height)
@@ -214,7 +214,7 @@ def _decode_strips(series: tifffile.TiffPageSeries, path: Path) -> np.ndarray:
             "vips tiffsave IN OUT.tif --tile --pyramid"
         ) from error
     axes = "".join(axis if axis in "YX" else "c" if axis in "SC" else "1" for axis in series.axes)
-    order = [i for wanted in "c1YX" for i, axis in enumerate(axes) if axis == wanted]
-    samples = pixels.transpose(order).reshape(-1, height, width)
-    colour = colour_of(series.keyframe, len(samples), samples.reshape(len(samples), -1), path.name)
+    planar = [i for wanted in "c1YX" for i, axis in enumerate(axes) if axis == wanted]
+    samples = pixels.transpose(planar).reshape(-1, height, width)
+    colour = colour_of(series.keyframe, samples.reshape(len(samples), -1), path.name, order)
     return _planes(colour(samples))

@@ -28,7 +28,7 @@ from .._core.stores import (
 )
 from ._files import link_tree, put_folder, sync_tree
 from ._staging import write
-from ._storable import check_table
+from ._storable import check_names, check_table
 from ._store import STAGING, RootMetadata, is_store, locked
 from ._update import reopen, update, user_attrs
 
@@ -88,6 +88,8 @@ def save(sdata: SpatialData, path: str | Path | None = None, *, overwrite: bool 
     """
     validate.arguments(save, {"overwrite": overwrite})
     check_spatialdata(sdata)
+    for kind in KINDS:
+        check_names(getattr(sdata, kind), f"{kind} has the element")
     note(sdata, replaces=overwrite)
     path = None if path is None else validate.folder_or_file(path, "path")
     # Links are followed: the store is replaced, not the link to it.

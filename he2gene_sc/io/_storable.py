@@ -27,6 +27,8 @@ _TYPES = {
 _NUMBERS = ("boolean", "integer", "floating", "mixed-integer-float", "complex")
 #: Names that are invalid or already used in a folder of a store.
 _RESERVED = ("", ".", "..", "zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+#: Longest name of a folder, in bytes.
+_MAX_NAME = 255
 
 
 def parts_of(table: AnnData, without: Collection[str] = (), **changed: Any) -> AnnData:
@@ -85,6 +87,8 @@ def storable(where: str, table: AnnData) -> AnnData:
     given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
     given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
     made = {slot: _convert_value(f"{where}.{slot}", value) for slot, value in given.items()}
+    for slot in ("layers", "obsp", "varp"):
+        check_names(entries_of(table, slot), f"{where}.{slot} has the key")
     changed = {slot: value for slot, value in made.items() if value is not given[slot]}
     raw_var = table.var if table.raw is None else _convert_frame(f"{where}.raw.var", table.raw.var)
     if not changed and (table.raw is None or raw_var is table.raw.var):
@@ -100,7 +104,7 @@ def storable(where: str, table: AnnData) -> AnnData:
 def _convert_value(where: str, value: Any) -> Any:
     """Return the value itself, or a conversion that keeps missing values."""
     if isinstance(value, Mapping):
-        _check_names(value, f"{where} has the key")
+        check_names(value, f"{where} has the key")
         made = {key: _convert_value(f"{where}[{key!r}]", part) for key, part in value.items()}
         return made if any(made[key] is not value[key] for key in made) else value
     if isinstance(value, pd.DataFrame):
@@ -113,17 +117,22 @@ def _convert_value(where: str, value: Any) -> Any:
     return value
 
 
-def _check_names(names: Iterable[Any], start: str) -> None:
+def check_names(names: Iterable[Any], start: str) -> None:
     """Raise for names that are not texts, or that are not valid as the name of a folder."""
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"`sdata`: {start} {name!r}, which is not a text; rename it")
         if name in _RESERVED or "/" in name or "\0" in name:
             raise ValueError(f"`sdata`: {start} {name!r}, which cannot be the name of a folder; rename it")
+        if (n := len(name.encode(errors="surrogatepass"))) > _MAX_NAME:
+            raise ValueError(
+                f"`sdata`: {start} {name[:40]!r}…, a name of {len(name)} characters ({n} bytes); a store holds at most "
+                f"{_MAX_NAME} bytes. Shorten it"
+            )
 
 
 def _convert_frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
-    _check_names(frame.columns, f"{where} has a column named")
+    check_names(frame.columns, f"{where} has a column named")
     if frame.columns.has_duplicates:
         return frame  # anndata raises, with the name
     changed: dict[str, Any] = {}

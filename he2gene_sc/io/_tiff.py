@@ -112,8 +112,8 @@ def _size_text(series: tifffile.TiffPageSeries) -> str:
     return f"{width} × {height}"
 
 
-def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> None:
-    """Raise if the metadata of an image do not describe one RGB plane."""
+def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> list[int] | None:
+    """Return the positions of red, green and blue if others than stored; raise if the metadata describe no RGB plane."""
     channels = _n_channels(series)
     if channels is None:
         raise ValueError(
@@ -125,7 +125,10 @@ def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
     if not _may_be_rgb(series) and getattr(series.keyframe.photometric, "name", "") != "SEPARATED":
         check_pixels(channels, series.dtype, None, path.name)
     if "C" in series.axes and (names := _ome_channels(file, series)):
-        check_channel_names(names, path.name)
+        order = check_channel_names(names, path.name)
+        if order is not None and len(order) == channels and order != sorted(order):
+            return order
+    return None
 
 
 def orientation_of(series: tifffile.TiffPageSeries) -> int:
@@ -142,7 +145,9 @@ def is_tiled(series: tifffile.TiffPageSeries) -> bool:
     return bool(pages) and all(page.keyframe.is_tiled and page.keyframe.imagedepth == 1 for page in pages)
 
 
-def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path) -> list[TiledImage]:
+def tiled_levels(
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path, order: list[int] | None = None
+) -> list[TiledImage]:
     """Return the levels of a tiled image, finest first; decode some tiles of each to detect damage early."""
     number = file.series.index(series)
     levels: list[TiledImage] = []
@@ -166,7 +171,7 @@ def tiled_levels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
     # Use a large sample to see whether float pixels go up to 1 or to 255.
     sample = levels[-1].probe(64) if len(levels) > 1 or samples[0].dtype.kind == "f" else samples[0]
     sample = np.concatenate([samples[0], sample], axis=1)
-    colour = colour_of(pages_of(series.levels[0])[0].keyframe, sample.shape[0], sample, path.name)
+    colour = colour_of(pages_of(series.levels[0])[0].keyframe, sample, path.name, order)
     for image, own in zip(levels, samples, strict=True):
         if own.shape[0] != sample.shape[0] or own.dtype != sample.dtype:
             raise ValueError(f"`path` {path.name!r} has levels of different channels or types")

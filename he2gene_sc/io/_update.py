@@ -18,7 +18,8 @@ from .._core.element_results import is_as_written
 from .._core.elements import check_files
 from .._core.keys import ATTRS, MAPPINGS, OWN_TABLE
 from .._core.ownership import is_result, recorded_keys
-from .._core.rasters import entries_of, levels, zarr_folders
+from .._core.rasters import entries_of, levels
+from .._core.sources import folder_of, sources
 from .._core.stores import (
     KINDS,
     SAVED,
@@ -36,6 +37,7 @@ from ._files import WAITING, put_folder, swap, sync, sync_tree
 from ._staging import METADATA, stage, stage_metadata
 from ._storable import check_table
 from ._store import STAGING, RootMetadata, locked
+from ._tiled import TiledImage
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -281,41 +283,53 @@ def _put_back(new: Path, old: Path, inode: int | None) -> None:
 
 
 def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
-    """Reopen lazy arrays of written elements from the present store."""
-    lazy = [c for c in changes if c.kind != "tables" and not c.metadata_only and is_lazy(c.element)]
-    stored = read_elements(store, {change.kind for change in lazy})
+    """Reopen lazy values from the present store: of written elements, and of others that read what was replaced."""
+    written = {change.key: (store / change.path).resolve() for change in changes if not change.metadata_only}
+    lazy = []
+    for kind, name, element in list(sdata.gen_elements()):
+        replaced = None if f"{kind}/{name}" in written else list(written.values())
+        if kind == "tables":
+            _reopen_table(element, store / kind / name, replaced)
+        elif any(_is_stale(part, replaced) for part in _arrays(element)):
+            lazy.append((kind, name))
+    stored = read_elements(store, {kind for kind, _ in lazy})
     with warnings.catch_warnings(action="ignore"):
-        for change in lazy:
-            getattr(sdata, change.kind)[change.name] = stored[change.name]
-        for change in changes:
-            if change.kind == "tables":
-                _reopen_table(change.element, store / change.path)
+        for kind, name in lazy:
+            getattr(sdata, kind)[name] = stored[name]
 
 
-def is_lazy(element: Any) -> bool:
-    """Whether an element reads files of a store lazily."""
-    from spatialdata._io._utils import get_dask_backing_files
-
-    if hasattr(element, "dims") or hasattr(element, "children"):
-        return any(get_dask_backing_files(level) for level in levels(element))
-    return hasattr(element, "dask") and bool(get_dask_backing_files(element))
+def _arrays(element: Any) -> list[Any]:
+    """Return the arrays of an image or labels; points and shapes as they are."""
+    is_raster = hasattr(element, "dims") or hasattr(element, "children")
+    return [level.data for level in levels(element)] if is_raster else [element]
 
 
-def _reopen_table(table: AnnData, path: Path) -> None:
+def _is_stale(values: Any, replaced: list[Path] | None) -> bool:
+    """Whether dask reads one of the ``replaced`` folders (``None``: any), or may do so; arrays in memory do not."""
+    folders = [folder_of(source) for source in sources(values) if not isinstance(source, TiledImage)]
+    if replaced is None:
+        return bool(folders)
+    return bool(replaced) and any(
+        folder is None or any(folder.resolve().is_relative_to(path) for path in replaced) for folder in folders
+    )
+
+
+def _reopen_table(table: AnnData, path: Path, replaced: list[Path] | None) -> None:
     import zarr
     from anndata.experimental import read_elem_lazy
 
     group = zarr.open_group(path, mode="r", use_consolidated=False)
-    if _reads_files(table.X):
+    if _is_stale(table.X, replaced):
         table.X = read_elem_lazy(group["X"])
-    for slot in MAPPINGS:
-        for key, value in entries_of(table, slot).items():
-            if _reads_files(value):
-                getattr(table, slot)[key] = read_elem_lazy(group[f"{slot}/{key}"])
-
-
-def _reads_files(array: Any) -> bool:
-    """Whether a dask array of a table reads files; arrays that are computed from memory are not reopened."""
-    return bool(zarr_folders(array)) or any(
-        name.startswith("make_dask_chunk") for name in getattr(getattr(array, "dask", None), "layers", ())
-    )
+    if table.raw is not None and _is_stale(table.raw.X, replaced):
+        raw = table.raw.to_adata()
+        raw.X = read_elem_lazy(group["raw/X"])
+        table.raw = raw
+    places: list[tuple[str, Any, Mapping[str, Any]]]
+    places = [(slot, getattr(table, slot), entries_of(table, slot)) for slot in (*MAPPINGS, "uns")]
+    for where, entries, values in places:
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                places.append((f"{where}/{key}", value, value))
+            elif _is_stale(value, replaced):
+                entries[key] = read_elem_lazy(group[f"{where}/{key}"])

@@ -217,6 +217,23 @@ def test_channel_names_give_their_order_or_are_ignored(names, order):
     assert check_channel_names(names, "he") == order
 
 
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_planes_are_read_in_the_order_that_their_names_give(tmp_path, tile):
+    planes = np.moveaxis(picture(), -1, 0)[::-1].copy()
+    metadata = {"axes": "CYX", "Channel": {"Name": ["Blue", "Green", "Red"]}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", planes, photometric="minisblack", metadata=metadata, tile=tile)
+    element = hg.io.read_he(tmp_path / "a.ome.tif", mpp=0.5)["he"]
+    np.testing.assert_array_equal(element.transpose("y", "x", "c"), picture())
+
+
+@pytest.mark.parametrize("tile", [None, (64, 64)])
+def test_an_image_stored_as_its_negative_is_refused(tmp_path, tile):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, 255 - picture(), photometric="miniswhite", planarconfig="contig", metadata=None, tile=tile)
+    with pytest.raises(ValueError, match="'a.tif' holds MINISWHITE colours; save it as RGB"):
+        hg.io.read_he(path)
+
+
 @pytest.mark.parametrize("names", [["DAPI", "GFP", "RFP"], ["RFP", "GFP", "BFP"], ["CD3", "CD8", "PanCK", "DAPI"]])
 def test_stains_of_fluorescence_are_not_red_green_and_blue(names, tmp_path):
     with pytest.raises(ValueError, match=f"'he' has channels that are not red, green and blue: '{names[0]}'"):

@@ -361,6 +361,26 @@ def test_values_that_a_store_cannot_hold_are_named_and_change_nothing(store, slo
     assert name not in getattr(sd.read_zarr(store)["table"], slot)
 
 
+@pytest.mark.parametrize("place", ["obs", "obsm", "layers", "uns", "tables"])
+def test_a_name_that_is_too_long_for_a_store_is_named_and_nothing_is_written(store, tmp_path, place):
+    sdata, name = sd.read_zarr(store), "é" * 128
+    table = sdata["table"]
+    if place == "obs":
+        table.obs[name] = 1
+    elif place == "obsm":
+        table.obsm["proba"] = pd.DataFrame({name: np.ones(table.n_obs)}, table.obs_names)
+    elif place == "tables":
+        sdata.tables[name] = table.copy()
+    else:
+        getattr(table, place)[name] = np.ones(table.shape)
+    before = sorted(store.rglob("*"))
+    for path in (store, tmp_path / "new.zarr"):
+        with pytest.raises(ValueError, match=rf"{place}.* has .* 'é+'…, a name of 128 characters \(256 bytes\)"):
+            hg.io.save(sdata, path)
+    assert sorted(store.rglob("*")) == before
+    assert not (tmp_path / "new.zarr").exists()
+
+
 def test_a_table_whose_parts_have_other_rows_is_named(store):
     sdata = sd.read_zarr(store)
     sdata["table"].obsm["frame"] = pd.DataFrame({"a": range(12)}, index=sdata["table"].obs_names)
