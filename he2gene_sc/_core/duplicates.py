@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 #: Least number of genes that identify a spot.
 _MIN_GENES = 10
-#: Two spots at one place are the same spot above this correlation over genes (each centred in its section).
+#: Two spots at one place are the same spot above this correlation over genes (each relative to the median of its section).
 _SAME_SPOT_R = 0.99
+#: Differences from the typical spot of a section up to this share of its values are rounding errors.
+_ROUNDING = 1e-5
 #: Spots and genes that are compared to detect a copy of the measured values, and the rank correlation of a copy.
 _SPOTS, _GENES, _COPY_R = 300, 200, 0.9999
 
@@ -68,8 +70,13 @@ def check_duplicate_sections(pooled: SpotData) -> None:
     places = [{tuple(row): j for row, j in zip(pooled.xy[rows].tolist(), rows, strict=True)} for rows in at]
     norms = np.zeros(len(unit))
     for rows in at:
-        sketch[rows] -= sketch[rows].mean(axis=0) if len(rows) else 0
-        norms[rows] = np.linalg.norm(sketch[rows], axis=1)
+        if not len(rows):
+            continue
+        # The median: spots with the same values are at 0, also if a few differ.
+        middle = np.median(sketch[rows], axis=0)
+        sketch[rows] -= middle
+        size = np.linalg.norm(sketch[rows], axis=1)
+        norms[rows] = np.where(size > _ROUNDING * np.linalg.norm(middle), size, 0)
     for a in range(len(units)):
         for b in range(a):
             both = places[a].keys() & places[b].keys()

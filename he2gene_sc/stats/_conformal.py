@@ -17,8 +17,8 @@ MIN_GROUPS = 9
 TAILS = np.array([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.96, 0.975, 0.99, 1.0])
 #: Number of predicted levels (tenths of the spots), and fewest spots of a level; with fewer spots there are fewer levels.
 _PREDICTED_LEVELS, _LEVEL_SPOTS = 10, 50
-#: Fewest measured spots and groups for separate quantiles of a gene at a predicted level.
-_LEVEL_MEASURED, _LEVEL_GROUPS = 20, 2
+#: Fewest effective spots and groups for separate quantiles of a gene at a predicted level.
+_LEVEL_EFFECTIVE, _LEVEL_GROUPS = 20, 2
 #: Spread at a prediction of 0, as a share of the mean squared residual of the gene: the least value.
 _FLOOR = 0.1
 _ROUNDING = 1e-9
@@ -96,14 +96,25 @@ def level_quantiles(
     for level in range(1 + n_levels):
         rows = order[cuts[level - 1] : cuts[level]]
         own, own_groups = (np.take_along_axis(scores, rows, axis=0), groups[rows]) if level else (scores, groups)
+        effective = _effective_spots(np.isfinite(own), own_groups) if level else None
         for side, signed in enumerate((-own, own)):
             found, n_groups = grouped_quantiles(signed, own_groups, TAILS)
             enough = (
-                (n_groups >= _LEVEL_GROUPS) & (np.isfinite(own).sum(0) >= _LEVEL_MEASURED) if level else n_groups > 0
+                n_groups > 0 if effective is None else (n_groups >= _LEVEL_GROUPS) & (effective >= _LEVEL_EFFECTIVE)
             )
             quantiles[side, level] = rounded_up(np.where(enough, found, np.nan))
             counted[level] = np.where(enough, n_groups, 0)
     return quantiles, counted, edges
+
+
+def _effective_spots(known: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Effective number of measured spots ``(g,)``, with equal weight of groups: one spot in a group counts as much as many.
+
+    It is the number of spots if all groups have the same number.
+    """
+    size = np.array([(known & (groups == name)).sum(0) for name in np.unique(groups)])
+    parts = np.where(size > 0, 1 / np.maximum(size, 1), 0).sum(0)
+    return np.divide(np.square((size > 0).sum(0)), parts, out=np.zeros_like(parts), where=parts > 0)
 
 
 def level_of(predicted: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -12,8 +12,12 @@ from scipy.special import betaln, digamma, polygamma
 
 #: Fewest genes to fit a spline, and its number of terms (as in limma).
 _MIN_SPLINE, _TERMS = 200, 4
-#: Fewest genes to fit two kinds, and the twofold log likelihood ratio that two kinds must gain.
-_MIN_GENES, _GAIN = 200, 15.0
+#: Least mean square of an adjustment for depth, over the squared standard error, for which its share is estimated.
+_MIN_ADJUSTMENT = 0.1
+#: Fewest genes to fit two kinds, and fewest reliable genes to fit them without the others (or half of the genes).
+_MIN_GENES, _MIN_RELIABLE = 20, 200
+#: Twofold log likelihood ratio that two kinds must gain; below so many genes any gain, since a few hypervariable genes hardly gain more.
+_GAIN, _MANY_GENES = 15.0, 1000
 #: Bounds of the logarithm of d0, of the factor between both kinds, and of the logit of the share of the second.
 _LOG_D0, _LOG_FACTOR, _LOGIT = (-1.0, 8.0), (1.0, 7.0), (-8.0, -0.5)
 
@@ -139,7 +143,7 @@ def hypervariable_prior(
     A common prior shrinks the variance of a hypervariable gene too much, so chance appears as an effect (Phipson et al., Ann
     Appl Stat 2016). Phipson et al. correct genes with a large observed variance. With three patients, a hypervariable
     gene often has a small observed variance by chance. Here, every gene has a probability of being hypervariable, and its
-    p-value is the weighted mean over both kinds.
+    p-value is the weighted mean over both kinds. With 1,000 genes or more, two kinds must fit much better than one.
     """
     known = (df > 0) & np.isfinite(variances)
     common = VariancePrior(scale, d0, np.zeros(len(variances)))
@@ -147,7 +151,10 @@ def hypervariable_prior(
         return common
     middle = np.median(variances[known])
     ratio = np.log(np.maximum(variances, 1e-5 * middle if middle > 0 else 1e-300)) - np.log(scale)
-    fitted = known if reliable is None or (known & reliable).sum() < _MIN_GENES else known & reliable
+    fitted = known if reliable is None else known & reliable
+    if fitted.sum() < min(_MIN_RELIABLE, known.sum() / 2):
+        fitted = known
+    few = known.sum() < _MANY_GENES
     x, n = ratio[fitted], df[fitted]
 
     def one_kind(theta: np.ndarray) -> float:
@@ -158,11 +165,16 @@ def hypervariable_prior(
 
     bounds = [(-3.0, 3.0), _LOG_D0]
     start = np.clip(np.log(min(d0, 1e4)) if d0 > 0 else 0.0, *_LOG_D0)
+    if few:
+        # The optimum of few genes is flat: it must not depend on rounding errors or the order of the genes.
+        x, start = np.round(x, 8), np.round(start, 6)
+        order = np.lexsort((n, x))
+        x, n = x[order], n[order]
     single = minimize(one_kind, [0.0, start], bounds=bounds, method="L-BFGS-B")
     starts = ([-0.3, level, np.log(8.0), -3.0] for level in (min(start + 1, _LOG_D0[1]), _LOG_D0[1]))
     fits = [minimize(two_kinds, at, bounds=[*bounds, _LOG_FACTOR, _LOGIT], method="L-BFGS-B") for at in starts]
     best = min(fits, key=lambda fit: fit.fun)
-    if 2 * (single.fun - best.fun) < _GAIN:
+    if 2 * (single.fun - best.fun) < (0 if few else _GAIN):
         return common
     shift, log_d0, log_factor, _ = best.x
     first, second = _kinds(ratio[known], df[known], *best.x)
@@ -319,7 +331,8 @@ def depth_followed(
     ``raw`` and ``adjustment`` are ``(n, g)``: differences of means, and their part that the slopes within groups predict from depth.
     The share is the least-squares factor over all genes. The difference of a sample is only multiplied by adjustments of other
     samples, so errors of slopes do not lower the share. The size is the mean square of the wrong part of the adjustment, divided
-    by the squared standard error: that of the mean over samples, or ``error`` ``(g,)``. NaN with fewer than three samples.
+    by the squared standard error: that of the mean over samples, or ``error`` ``(g,)``. NaN with fewer than three samples, or if the
+    adjustment is small relative to the standard error: a share of almost nothing is noise.
     """
     n = len(raw)
     if n < 3:
@@ -332,6 +345,6 @@ def depth_followed(
     shown = float((raw @ adjustment.T)[others].mean()) / max(len(unit), 1)
     squared = (raw - adjustment).var(0, ddof=1) / n if error is None else np.square(error[varies] / unit)
     mean_square = float(squared.mean()) if len(squared) else 0.0
-    if size <= 0 or mean_square <= 0:
+    if mean_square <= 0 or size < _MIN_ADJUSTMENT * mean_square:
         return np.nan, np.nan
     return shown / size, size * (1 - shown / size) ** 2 / mean_square

@@ -20,6 +20,7 @@ from .._core.predictions import check_layer_unchanged, predicted_layer, record_o
 from .._core.results import write_result
 from .._core.spots import get_table
 from .._settings import settings
+from ..stats import MIN_GROUPS
 from ._calibrate import Calibration, check_calibrated, warn_of_level
 from ._interval_ends import (
     RARE_SHARE,
@@ -99,7 +100,7 @@ def intervals(
     Warns
     -----
     UserWarning
-        If genes were detected in fewer than 20 % of the training spots. With a ``calibration``: if the values of the slide are on
+        If the coverage is not guaranteed, or genes were detected in fewer than 20 % of the training spots. With a ``calibration``: if the values of the slide are on
         another level than those of the calibrated slides (for example logarithms to another base), if another model predicted
         them, or if the patient was used for the calibration.
 
@@ -154,6 +155,13 @@ def intervals(
         source = adapted_intervals(adapted, coverage, by, table.n_vars)
     else:
         source = model_intervals(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
+    # hg.tl.calibrate warns of too few groups for any guarantee, and an adapted layer never has one.
+    if (
+        adapted is None
+        and source.facts["guarantee"] == "none"
+        and (calibration is None or len(calibration.groups) >= MIN_GROUPS)
+    ):
+        warnings.warn(_no_guarantee(source.facts, coverage), stacklevel=2)
     n_bytes = 2 * 4 * table.n_obs * table.n_vars
     layers: dict[str, np.ndarray] = {}
     if n_bytes <= settings.memory_limit:
@@ -193,3 +201,15 @@ def intervals(
     params = {"coverage": float(coverage), "layer": layer, "by": by}
     params["prediction_key"] = prediction_key if calibration is None else None
     write_result(table, "intervals", uns, params=params, facts=source.facts, layers=layers, var=var)
+
+
+def _no_guarantee(facts: Mapping[str, Any], coverage: float) -> str:
+    """State that the coverage is not guaranteed, and why."""
+    n, needed, units = facts["n_groups"], facts["n_groups_needed"], f"{facts['unit']}s"
+    why = f"the residuals are of {n} {units}, {needed} are needed"
+    if n >= needed:
+        why = f"some genes or predicted levels have residuals of fewer than {needed} {units}"
+    return (
+        f"the coverage of {coverage:.0%} is not guaranteed: {why}. Spots of new {units} are often covered less; calibrate on more "
+        "measured slides with hg.tl.calibrate, or use a smaller coverage or by=None"
+    )

@@ -1,7 +1,7 @@
 """Error rates and power of ``hg.tl.biomarkers`` where patients are few or unequal, or genes vary more than others.
 
 python tests/benchmarks/bench_few_patients.py partial hypervariable few_measured differing separated one_direction
-python tests/benchmarks/bench_few_patients.py methods tails half slopes
+python tests/benchmarks/bench_few_patients.py methods tails half slopes small_panels
 """
 
 import sys
@@ -102,16 +102,16 @@ def one_direction(repeats=8):
         )
 
 
-def hypervariable(genes=8000, repeats=4):
+def hypervariable(genes=8000, repeats=4, patients=(3, 4, 6), factor=20):
     """FDR, power and size where one gene in twenty varies 20 times as much between patients; one in ten is planted."""
     planted = np.arange(genes) < genes // 10
-    for n in (3, 4, 6):
+    for n in patients:
         for robust in (False, True):
             rng = np.random.default_rng(n)
             rows = []
             for _ in range(repeats):
                 variance = rng.lognormal(0, 0.6, genes)
-                between = 0.03 * variance * np.where(rng.random(genes) < 0.05, 20, 1)
+                between = 0.03 * variance * np.where(rng.random(genes) < 0.05, factor, 1)
                 noise = np.sqrt(between + variance / 20) * rng.standard_normal((n, genes))
                 alike = variance * rng.chisquare(200, genes) / 200
                 test = paired_moderated_t(0.5 * np.sqrt(variance) * planted + noise, alike=alike, robust=robust)
@@ -119,7 +119,20 @@ def hypervariable(genes=8000, repeats=4):
                 null = test.pvalues[~planted]
                 rows.append((hit[planted].mean(), (hit & ~planted).sum() / max(hit.sum(), 1), (null < 0.05).mean()))
             power, false, size = np.mean(rows, axis=0)
-            print(f"hypervariable, {n} patients, robust={robust}: {power:.1%} found, FDR {false:.1%}, size {size:.1%}")
+            error = np.std([row[1] for row in rows]) / np.sqrt(repeats)
+            print(
+                f"hypervariable times {factor}, {genes} genes, {n} patients, robust={robust}: {power:.1%} found, FDR {false:.1%} "
+                f"({error:.1%}), size {size:.1%}",
+                flush=True,
+            )
+
+
+def small_panels():
+    """The same with panels of few genes, and without hypervariable genes (factor 1)."""
+    for genes, repeats in ((20, 400), (50, 400), (100, 400), (200, 300), (400, 200), (800, 100)):
+        for factor in (20, 1):
+            hypervariable(genes, repeats, patients=(3,), factor=factor)
+    hypervariable(100, 200, patients=(2, 4))
 
 
 def _poisson_counts(i, rng, profile, between, sizes, depth):

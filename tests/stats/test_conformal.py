@@ -212,3 +212,15 @@ def test_a_level_needs_enough_spots_and_two_sections():
     assert counted.ravel().tolist() == [2] + [0] * 10
     assert np.isnan(quantiles[:, 1:]).all()
     assert np.isfinite(quantiles[:, 0]).all()
+
+
+def test_single_spots_of_groups_are_not_enough_for_a_level():
+    rng = np.random.default_rng(1)
+    n = 400
+    unbalanced = np.where(np.arange(n) < 380, 0, np.arange(n) % 7 + 1)
+    for groups, enough in ((np.arange(n) % 8, True), (unbalanced, False)):
+        order = rng.permutation(n)
+        _, counted, _ = level_quantiles(rng.random((n, 1)), rng.normal(size=(n, 1)), groups[order])
+        assert (counted[1:] > 0).all() == enough
+        assert (counted[1:] > 0).any() == enough
+        assert counted[0] == 8

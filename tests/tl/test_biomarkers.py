@@ -86,7 +86,7 @@ def test_effects_are_paired_means():
 @pytest.mark.parametrize("trend", [True, False])
 def test_prior_variance_follows_the_variance_over_spots(trend):
     tables = patients()
-    tumour = rows_of(markers(tables, trend=trend))
+    tumour = rows_of(markers(tables, trend=trend, robust=False))
     values = [[t.layers["log"][t.obs["label"] == side].astype(float) for side in ("tumour", "stroma")] for t in tables]
     d = np.array([one.mean(0) - other.mean(0) for one, other in values])
     parts = [side for pair in values for side in pair]
@@ -735,6 +735,81 @@ def test_sections_used_as_patients_give_a_warning(column):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*not replicates")
         markers(tables, sample_key="slide")
+
+
+def _in_two_sections(i, share, n=40):
+    """A patient whose two sections hold `share` of the first label, and the rest of it; section 1 has other values."""
+    table = patient(i, n=n, shift=0)
+    first = (table.obs["label"] == "tumour").to_numpy()
+    place = np.zeros(n, bool)
+    for side, part in ((first, share), (~first, 1 - share)):
+        place[np.flatnonzero(side)[: round(part * side.sum())]] = True
+    table.obs["section"] = np.where(place, f"S{i}-1", f"S{i}-2")
+    table.layers["log"] += (place[:, None] * np.where(np.arange(table.n_vars) % 2, 0.4, -0.4)).astype(np.float32)
+    return table
+
+
+@pytest.mark.parametrize("share", [1.0, 0.7])
+def test_labels_confounded_with_sections_give_a_warning(share):
+    tables = [_in_two_sections(i, share) for i in range(6)]
+    with pytest.warns(
+        UserWarning, match="sections are confounded: the sections .* 'tumour' and 'stroma' .*Use one section"
+    ):
+        result = markers(tables, groups="tumour", reference="stroma")
+    assert (result["pvals"] < 0.05).mean() > 0.3
+    assert any("sections" in doubt for doubt in tables[0].uns["he2gene_biomarkers"]["params"]["doubts"])
+
+
+def test_sections_with_the_same_shares_of_the_labels_give_no_warning():
+    rng = np.random.default_rng(0)
+    few = [_in_two_sections(i, 0.5, n=16) for i in range(4)]
+    for table in few:
+        table.obs["section"] = table.obs["patient"] + rng.permutation(["a", "b"] * 8).astype(object)
+    unequal = [_in_two_sections(i, 0.5) for i in range(4)]
+    for table in unequal:
+        # Four fifths of both groups are in the first section.
+        table.obs["section"] = table.obs["patient"] + np.where(np.arange(40) < 32, "a", "b").astype(object)
+    for tables in (few, unequal, [_in_two_sections(i, 0.5) for i in range(4)]):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="groups and sections")
+            markers(tables, groups="tumour", reference="stroma")
+
+
+def test_a_prediction_that_is_the_same_at_all_spots_is_named():
+    tables = patients(4, genes=20)
+    level = np.random.default_rng(0).uniform(0.5, 3, 20).astype(np.float32)
+    for table in tables:
+        table.layers["log"] = np.tile(level, (table.n_obs, 1))
+    with pytest.raises(ValueError, match="`layer` 'log' is the same at all spots of 'tumour' and 'stroma'"):
+        markers(tables, groups="tumour", reference="stroma")
+    with pytest.warns(UserWarning, match="pvals are NaN in all"):
+        markers(tables[:1], groups="tumour", reference="stroma")
+    # One spot that differs, at the same place in each section, does not make them one section.
+    for table in tables:
+        table.layers["log"][0] += 0.5
+    assert len(markers(tables, groups="tumour", reference="stroma")) == 20
+
+
+@pytest.mark.parametrize("method", ["means", "mixed", "spatial"])
+def test_depth_from_a_panel_of_few_genes_gives_a_warning(method):
+    few, more = ([as_predicted(patient(i, genes=n)) for i in range(4)] for n in (30, 60))
+    options = {"layer": "log", "method": method, "groups": "tumour"}
+    with pytest.warns(UserWarning, match=r"total of 30 genes, but 50 are needed.*hg.Design\(depth=...\)"):
+        markers(few, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the depth of the spots is the total")
+        markers(more, **options)
+        markers(few, depth=None, **options)
+
+
+def test_few_samples_and_genes_give_a_warning_if_genes_are_significant():
+    message = "can be false"
+    with pytest.warns(UserWarning, match=f"with 3 samples and 60 genes, .*{message}.*Add samples"):
+        markers(patients(3))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=f".*{message}")
+        markers(patients(4))
+        markers(patients(3, genes=300))
 
 
 def test_concordance_warns_if_sections_are_used_as_patients():

@@ -73,7 +73,8 @@ def test_too_few_patients_give_no_guarantee_and_one_patient_raises():
     new = cohort(3, 2)
     covered(new, 0.9, calibration)
     assert new.uns["other_intervals"]["guarantee"] == "none"
-    covered(new, 0.95, calibrated(cohort(10, 1)))
+    with pytest.warns(UserWarning, match="95% is not guaranteed: the residuals are of 10 patients, 19 are needed"):
+        covered(new, 0.95, calibrated(cohort(10, 1)))
     facts = new.uns["other_intervals"]
     assert (facts["guarantee"], facts["n_groups_needed"]) == ("none", 19)
     with pytest.raises(

@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from scipy.stats import false_discovery_control
 
 import he2gene_sc as hg
 from he2gene_sc.stats import (
     CountSums,
     count_differences,
+    depth_followed,
     hypervariable_prior,
     library_evidence,
     library_factors,
@@ -226,6 +228,20 @@ def test_a_gene_expressed_in_one_group_is_significant():
     assert (run(sums).effect[:3] > 2).all()
 
 
+@pytest.mark.parametrize("method", ["pseudobulk", "deseq2"])
+def test_the_only_gene_of_a_table_is_not_tested_against_itself(method):
+    if method == "deseq2":
+        pytest.importorskip("pydeseq2")
+    tables = [counted(i, genes=60) for i in range(4)]
+    for table in tables:
+        table.obs["total"] = table.X.sum(1)
+    tables = [table[:, ["g0"]].copy() for table in tables]
+    with pytest.raises(ValueError, match=r"counts of one gene only, 'g0': .*hg.Design\(depth=...\)"):
+        markers(tables, method=method)
+    if method == "pseudobulk":
+        assert markers(tables, depth="total")["pvals"].notna().all()
+
+
 def test_doubts_about_several_groups_are_one_warning():
     tables = [counted(i, genes=30) for i in range(5)]
     with pytest.warns(
@@ -327,6 +343,18 @@ def test_concordance_warns_once_of_a_prediction_whose_groups_do_not_follow_the_a
     with pytest.warns(UserWarning, match="`layer` 'guess', 'a': within groups, depth predicts a larger") as caught:
         hg.tl.concordance(tables, "label", groups="a", layer="guess", k=())
     assert sum("depth predicts" in str(warning.message) for warning in caught) == 1
+
+
+def test_groups_of_equal_depth_give_no_warning_about_depth():
+    rng = np.random.default_rng(3)
+    # The adjustment is noise; by chance, its products over samples are nearly 0, so that any share of it would be found.
+    adjustment = 1e-3 * rng.standard_normal((8, 100))
+    followed, size = depth_followed(0.1 * rng.standard_normal((8, 100)), adjustment, np.ones(100))
+    assert np.isnan([followed, size]).all()
+    adjustment = np.tile(rng.standard_normal(100), (8, 1))
+    followed, size = depth_followed(0.1 * rng.standard_normal((8, 100)) + 2 * adjustment, adjustment, np.ones(100))
+    assert followed == pytest.approx(2, abs=0.1)
+    assert size > 10
 
 
 def test_a_warning_about_several_groups_has_the_remedy_of_each():
@@ -630,6 +658,18 @@ def test_hypervariable_genes_have_a_separate_prior():
     prior = hypervariable_prior(variances, np.full(6000, 3.0), np.full(6000, scale), d0)
     assert prior.factor == pytest.approx(25, rel=0.4)
     assert prior.outlier[wild].mean() > 0.5 > 0.05 > prior.outlier[~wild].mean()
+
+
+@pytest.mark.parametrize("genes", [40, 200])
+def test_hypervariable_genes_of_a_small_panel_are_false_discoveries_less_often(genes):
+    false = []
+    for seed in range(60):
+        rng = np.random.default_rng((genes, seed))
+        d = rng.standard_normal((3, genes)) * np.where(rng.random(genes) < 0.05, 5, 1)
+        tests = [paired_moderated_t(d, robust=robust) for robust in (False, True)]
+        false.append([(false_discovery_control(test.pvalues) < 0.05).any() for test in tests])
+    plain, robust = np.mean(false, axis=0)
+    assert robust <= 0.1 < plain
 
 
 def test_genes_of_one_kind_have_a_common_prior():

@@ -19,6 +19,7 @@ from ..._core.ownership import check_free
 from ..._core.provenance import are_reliable, circularity
 from ..._core.results import write_result
 from ..._core.spots import read_spots
+from ...stats import MIN_LIBRARY
 from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
 from .cross_fit import cross_fitted_halves
 from .design import Design, as_design
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+#: With so few samples and fewer genes, hypervariable genes are not always recognised.
+_FEW_SAMPLES, _FEW_GENES = 3, 300
 #: Columns of the results, in this order.
 COLUMNS = (
     *("group", "names", "logfoldchanges", "logfoldchanges_pooled", "effect_size", "ci_low", "ci_high"),
@@ -75,7 +78,8 @@ def biomarkers(
         Column of ``obs`` with the patient, the statistical unit. One table without the default column counts as one patient.
     section_key
         Column of ``obs`` with the section. Without the default column the shapes elements are the sections. The sections of a
-        patient are one sample: their spots are pooled. This assumes that the labels have similar shares in all of them.
+        patient are one sample: their spots are pooled. This assumes that the labels have similar shares in all of them; a
+        warning follows if they do not.
     method
         - ``"pseudobulk"``: raw counts summed per sample and group, TMM library sizes, paired by sample, precision weights by
           counts and spots, moderated t. For logarithms, ``"means"`` is used instead;
@@ -116,7 +120,7 @@ def biomarkers(
     ``.uns["he2gene_biomarkers"]``
         ``"results"``: DataFrame, one row per group and gene, see :func:`he2gene_sc.get.biomarkers`; ``"samples"``, ``"genes"``
         and ``"sample_effects"``: spots and difference in every sample; ``"params"``, whose ``"doubts"`` name the groups
-        for which library sizes or the adjustment for depth are doubtful, and the reason.
+        for which library sizes, the adjustment for depth or the sections are doubtful, and the reason.
 
     Raises
     ------
@@ -211,7 +215,7 @@ def biomarkers(
     results["order"] = pd.factorize(results["group"])[0]
     results = results.sort_values(["order", "scores"], ascending=[True, False], kind="stable")
     results = results[list(COLUMNS)].reset_index(drop=True)
-    _warn_of_limits(results, chosen, circular, (chosen.depth or chosen.name == "ppi") and depth is None)
+    _warn_of_limits(results, chosen, circular, _depth_limit(tables, chosen, design, depth))
     # The two halves of cross_fit have different labels: record the smaller number of spots of each patient.
     rows = pd.concat([frame.index.to_frame(index=False) for _, frame in parts])
     samples = rows.groupby(["group", "sample"], sort=False).min()
@@ -240,8 +244,23 @@ def biomarkers(
     return None if is_object(data) else results.copy()
 
 
-def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_depth: bool) -> None:
-    messages = [f"{NO_DEPTH}, or pass hg.Design(depth=...) with a column of total counts"] if no_depth else []
+def _depth_limit(tables: Sequence[AnnData], chosen: Method, design: Design, depth: np.ndarray | None) -> str:
+    """State if logarithms are not adjusted for depth, or for the total of few genes; empty if neither."""
+    if not (chosen.depth or chosen.name == "ppi"):
+        return ""
+    if depth is None:
+        return f"{NO_DEPTH}, or pass hg.Design(depth=...) with a column of total counts"
+    n = min(table.n_vars for table in tables)
+    if design.depth != "auto" or n >= MIN_LIBRARY:
+        return ""
+    return (
+        f"the depth of the spots is the total of {n} genes, but {MIN_LIBRARY} are needed: each gene is a large part of it, so genes without a "
+        "difference may appear different. Pass a column with total counts of all genes: hg.Design(depth=...)"
+    )
+
+
+def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, depth_limit: str) -> None:
+    messages = [depth_limit] if depth_limit else []
     if chosen.caution:
         messages.append(chosen.caution)
     if circular:
@@ -258,6 +277,12 @@ def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, no_dep
         messages.append(
             f"logfoldchanges are NaN for {lost} tests: the mean of the logarithms is below 0, for example in scaled values, and no "
             "fold change is defined. Use effect_size, which is in the unit of the layer"
+        )
+    n, genes = results["n_samples"].max(), results["names"].nunique()
+    if chosen.moderated and n <= _FEW_SAMPLES and genes < _FEW_GENES and (results["pvals_adj"] < 0.05).any():
+        messages.append(
+            f"with {n} samples and {genes} genes, more than 5 % of the genes with pvals_adj < 0.05 can be false (about 9 % with 3 samples, "
+            "14 % with 2), if some genes vary much more between samples than others. Add samples: it is 5 to 6 % with 4"
         )
     for message in messages:
         warnings.warn(message, UserWarning, stacklevel=3)

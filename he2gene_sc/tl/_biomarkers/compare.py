@@ -27,6 +27,10 @@ NO_DEPTH = (
     "the test is not adjusted for the depth of the spots: if one group is sequenced deeper or has denser cells, genes differ for that "
     "reason alone. Put raw counts of every spot into X"
 )
+#: Difference between the shares of a group and of its reference in the sections of a sample from which both are confounded.
+_MAX_SECTION_GAP = 0.25
+#: Squared differences up to this share of the squared values are rounding errors of single precision.
+_ROUNDING = 1e-12
 
 
 def compare(
@@ -54,6 +58,7 @@ def compare(
     measured_cells = None if measured is None else Cells.from_spots(measured, depth=depth)
     tests, differences, faults = [], [], []
     doubtful: dict[str, Outcome] = {}
+    confounded: dict[str, str] = {}
     for group in _groups(cells, groups, reference, chosen):
         known = None if measured_cells is None else Contrast.from_cells(measured_cells, group, reference, design)
         contrast = Contrast.from_cells(cells, group, reference, design, known)
@@ -68,6 +73,10 @@ def compare(
         test = outcome.test
         if outcome.doubt:
             doubtful[group] = outcome
+        if chosen.samples and (gap := _section_gap(contrast, used)) > _MAX_SECTION_GAP:
+            confounded[group] = (
+                f"the sections of a sample differ in their shares of {group!r} and {reference!r} (by {gap:.0%})"
+            )
         n: list[Any] = [int(used.sum()), *contrast.counts[:, used].sum(1).tolist()]
         if outcome.known is not None:
             n = [outcome.known.sum(0), *(contrast.counts[:, contrast.paired] @ outcome.known.astype(int))]
@@ -94,9 +103,36 @@ def compare(
         warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
     every = pd.concat(tests, ignore_index=True)
     every.attrs["doubts"] = [f"{group!r}: {outcome.doubt}" for group, outcome in doubtful.items()]
+    every.attrs["doubts"] += [f"{group!r}: {found}" for group, found in confounded.items()]
+    if confounded:
+        warnings.warn(
+            f"groups and sections are confounded: {'; '.join(confounded.values())}. Differences between sections, as in staining, appear as "
+            "differences between groups. Use one section of each sample that has both groups, or only sections with similar shares",
+            UserWarning,
+            stacklevel=3,
+        )
     if doubtful:
         warnings.warn(_describe_doubts(doubtful), UserWarning, stacklevel=3)
     return every, pd.concat(differences)
+
+
+def _section_gap(contrast: Contrast, used: np.ndarray) -> float:
+    """Difference between the shares of a group and of its reference in each section; mean over the used samples.
+
+    0 if both have the same shares in each section, 1 if they are in two different ones. Noise of few spots is subtracted.
+    """
+    chosen = contrast.inside | contrast.outside
+    spots = pd.crosstab(
+        [contrast.pool.samples[chosen].astype(str), contrast.pool.units[chosen]], contrast.inside[chosen]
+    )
+    gaps = []
+    for sample in contrast.samples[used & contrast.paired]:
+        counts = spots.loc[sample].to_numpy()
+        n = counts.sum(0)
+        share = counts.sum(1) / n.sum()
+        noise = (share * (1 - share)).sum() * (1 / n).sum()
+        gaps.append(np.sqrt(max(np.square(np.diff(counts / n)).sum() - noise, 0) / 2))
+    return float(np.mean(gaps)) if gaps else 0.0
 
 
 def _describe_doubts(doubtful: Mapping[str, Outcome]) -> str:
@@ -116,6 +152,13 @@ def _testable_genes(
 
     If spots are the unit, the mean is over all spots: a mean of means would favour genes that are high in the small group.
     """
+    if contrast.spot_variance is not None:
+        squares = [*contrast.spot_variance, *np.square(contrast.means[0] - contrast.means[1]).ravel()]
+        if np.nanmax(squares) <= _ROUNDING * np.nanmax(np.square(contrast.means)):
+            return np.zeros(len(contrast.genes), bool), (
+                f"`layer` {contrast.pool.layer!r} is the same at all spots of {group!r} and {reference!r} in a sample, so no difference "
+                "can be tested; name a layer that varies over the spots"
+            )
     with np.errstate(invalid="ignore"):
         mean = np.nanmean(contrast.means[:, used], axis=(0, 1)) if chosen.samples else contrast.mean
     enough = mean > contrast.design.min_mean
@@ -124,6 +167,13 @@ def _testable_genes(
         depth = contrast.raw.depth
         share = depth[0] * depth[1] / np.maximum(depth.sum(0), 1e-300) ** 2
         enough &= (contrast.raw.counts.sum(0) * share[:, None]).sum(0) >= MIN_INFORMATION
+        alone = enough & (contrast.raw.counts >= (1 - 1e-9) * depth[..., None]).all((0, 1))
+        if contrast.depth is None and alone.any():
+            return ~alone, (
+                f"`data` has counts of one gene only, {contrast.genes[alone][0]!r}: the library sizes are its own counts, so a difference "
+                "cannot be tested. Keep the other genes in `data`, or pass total counts as a column: method='pseudobulk', "
+                "design=hg.Design(depth=...)"
+            )
     if not enough.any():
         return (
             enough,

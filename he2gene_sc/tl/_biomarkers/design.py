@@ -45,7 +45,7 @@ class Design(validate.Checked):
         For ``"pseudobulk"`` and ``"means"``: the prior variance of a gene depends on the variance expected from its counts and
         spots (as ``trend`` of limma's ``eBayes``); ``False``: one prior for all genes (Smyth 2004).
     robust
-        For ``"pseudobulk"`` and ``"means"``: hypervariable genes get a separate prior.
+        For ``"pseudobulk"`` and ``"means"``: hypervariable genes get a separate prior (from 20 genes on).
     min_mean
         Test genes with a mean above this, in the unit of the layer. ``"spatial"`` and ``"wilcoxon"``: mean over all spots of
         both groups; else the mean of the two group means, averaged over samples. ``"spatial"`` also leaves out genes that are
