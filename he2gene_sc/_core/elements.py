@@ -154,7 +154,7 @@ def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
 
 def check_files(place: str, element: Any) -> None:
     """Raise if files of a lazy element, table or array are missing or others: zarr would read zeros or noise."""
-    from zarr import Array
+    from zarr import Array, Group
     from zarr.storage import LocalStore
 
     if hasattr(element, "obs_names"):
@@ -170,16 +170,16 @@ def check_files(place: str, element: Any) -> None:
         if isinstance(getattr(source, "store", None), LocalStore):
             # Resolve a relative path now, since the working folder may change.
             source.store.root = source.store.root.absolute()
-        is_zarr = isinstance(source, Array)
-        files = [folder / name for name in ("zarr.json", ".zarray")] if is_zarr else [folder]
+        is_array, is_zarr = isinstance(source, Array), isinstance(source, Array | Group)
+        files = [folder / name for name in ("zarr.json", ".zarray", ".zgroup")] if is_zarr else [folder]
         metadata = next((file for file in files if file.exists()), None)
         if metadata is None:
             raise FileNotFoundError(
                 f"`sdata`: {place} reads {str(folder.absolute())!r}, which does not exist: was the store moved or deleted, or "
                 "has the working folder changed? Read it again with spatialdata.read_zarr"
             )
-        shape = json.loads(metadata.read_bytes()).get("shape") if is_zarr else None
-        if is_zarr and shape != list(source.shape):
+        shape = json.loads(metadata.read_bytes()).get("shape") if is_array else None
+        if is_array and shape != list(source.shape):
             raise FileNotFoundError(
                 f"`sdata`: {place} was read from {str(folder.absolute())!r} as an array of shape {list(source.shape)}, which now "
                 f"has shape {shape}: was it replaced, or has the working folder changed? Read the store again with "

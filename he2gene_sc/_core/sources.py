@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import issparse
 
 from .keys import LAZY
 
 
 def sources(values: Any) -> list[Any]:
-    """Return what a dask array or points read: zarr arrays, parquet files and unknown sources; not arrays in memory."""
+    """Return what a dask array or points read: zarr arrays and groups, parquet files and unknown sources; not arrays in memory."""
     if not hasattr(values, "__dask_graph__"):
         return []
     if hasattr(values, "expr"):
@@ -25,15 +26,17 @@ def sources(values: Any) -> list[Any]:
             continue
         # A blockwise layer holds arrays beside its task.
         held = [layer.task, *(value for value, _ in layer.indices)] if hasattr(layer, "indices") else layer.values()
-        arrays = {id(value): value for part in held for value in _literals(part) if _is_zarr(value)}
+        # anndata reads a sparse matrix from its group.
+        stored = (getattr(value, "group", value) for part in held for value in _literals(part))
+        arrays = {id(value): value for value in stored if _is_zarr(value)}
         found += arrays.values()
         if not arrays and not graph.dependencies[name]:
-            found += [part for part in held if not isinstance(part, np.ndarray)]
+            found += [part for part in held if not _is_in_memory(part)]
     return found
 
 
 def folder_of(source: Any) -> Path | None:
-    """Return the folder of a zarr array or parquet file on this machine; ``None`` for other sources."""
+    """Return the folder of a zarr array or group, or of a parquet file, on this machine; ``None`` for other sources."""
     if _is_zarr(source):
         store = source.store
         root: Any = getattr(store, "root", None)
@@ -49,7 +52,13 @@ def folder_of(source: Any) -> Path | None:
 def _is_zarr(value: Any) -> bool:
     import zarr
 
-    return isinstance(value, zarr.Array)
+    return isinstance(value, zarr.Array | zarr.Group)
+
+
+def _is_in_memory(part: Any) -> bool:
+    """Whether a task of dask only holds arrays; a function without one may read any file."""
+    values = [value for value in _literals(part) if not callable(value)]
+    return bool(values) and all(isinstance(value, np.ndarray) or issparse(value) for value in values)
 
 
 def _literals(part: Any) -> Iterator[Any]:

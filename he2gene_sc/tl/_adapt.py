@@ -167,7 +167,7 @@ def adapt(
     inside = np.all(np.isfinite(predicted[:, columns]), axis=1)
     if not inside.any():
         raise ValueError(
-            f"`layer` {layer!r}: no spot has values of all {len(columns)} genes, since regions were predicted for different genes; pass "
+            f"`layer` {layer!r}: no spot has values of all {len(columns)} genes, for example because regions were predicted for different genes; pass "
             "`genes` that all of them have, or the table of one region"
         )
     truth = measured_of(table, measured, counts, measured_scale, columns)

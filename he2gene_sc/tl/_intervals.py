@@ -100,9 +100,9 @@ def intervals(
     Warns
     -----
     UserWarning
-        If the coverage is not guaranteed, or genes were detected in fewer than 20 % of the training spots. With a ``calibration``: if the values of the slide are on
-        another level than those of the calibrated slides (for example logarithms to another base), if another model predicted
-        them, or if the patient was used for the calibration.
+        If the coverage is not guaranteed, or genes were detected in fewer than 20 % of the training spots. With a
+        ``calibration``: if the values of the slide are on another level than those of the calibrated slides (for example
+        logarithms to another base), if another model predicted them, or if the patient was used for the calibration.
 
     Raises
     ------
@@ -204,12 +204,14 @@ def intervals(
 
 
 def _no_guarantee(facts: Mapping[str, Any], coverage: float) -> str:
-    """State that the coverage is not guaranteed, and why."""
-    n, needed, units = facts["n_groups"], facts["n_groups_needed"], f"{facts['unit']}s"
-    why = f"the residuals are of {n} {units}, {needed} are needed"
+    """State that the coverage is not guaranteed, why, and what to do."""
+    n, needed, unit = facts["n_groups"], facts["n_groups_needed"], facts["unit"]
+    why, more = f"the residuals are of {n} {unit}s, {needed} are needed", ""
     if n >= needed:
-        why = f"some genes or predicted levels have residuals of fewer than {needed} {units}"
+        why, more = f"some genes or predicted levels have residuals of fewer than {needed} {unit}s", ", or use by=None"
+    elif n >= MIN_GROUPS:
+        more = ", or use a smaller coverage"
     return (
-        f"the coverage of {coverage:.0%} is not guaranteed: {why}. Spots of new {units} are often covered less; calibrate on more "
-        "measured slides with hg.tl.calibrate, or use a smaller coverage or by=None"
+        f"the coverage of {coverage:.0%} is not guaranteed: {why}. Spots of a new {unit} are often covered less. Calibrate on more "
+        f"measured slides with hg.tl.calibrate{more}"
     )

@@ -13,6 +13,7 @@ import pytest
 import spatialdata as sd
 import tifffile
 import zarr
+from anndata import AnnData
 from scipy.sparse import csr_matrix
 from spatialdata.models import Image2DModel, Labels2DModel, PointsModel, TableModel
 
@@ -20,6 +21,7 @@ import he2gene_sc as hg
 from he2gene_sc._core import concurrent_changes
 from he2gene_sc._core.elements import check_files
 from he2gene_sc._core.matrix import in_memory
+from he2gene_sc._core.sources import sources
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -180,6 +182,21 @@ def test_a_lazy_array_whose_store_is_gone_is_refused(store, how):
     shutil.rmtree(store)
     with pytest.raises(FileNotFoundError, match=r"layers\['mine'\] reads '.*/layers/mine', which does not exist"):
         check_files("layers['mine']", array)
+
+
+@pytest.mark.parametrize("values", [csr_matrix(VALUES), VALUES], ids=["sparse", "dense"])
+def test_a_lazy_matrix_of_anndata_whose_files_are_gone_is_refused(tmp_path, values):
+    AnnData(values).write_zarr(tmp_path / "table.zarr")
+    lazy = ad.experimental.read_elem_lazy(zarr.open_group(tmp_path / "table.zarr", mode="r")["X"])
+    check_files("X", lazy)
+    shutil.rmtree(tmp_path / "table.zarr")
+    with pytest.raises(FileNotFoundError, match=r"X reads '.*table.zarr/X', which does not exist"):
+        check_files("X", lazy)
+
+
+def test_a_sparse_array_in_memory_reads_no_files():
+    assert sources(da.from_array(csr_matrix(VALUES))) == []
+    assert sources(da.from_delayed(dask.delayed(np.ones)(3), (3,), float)) != []
 
 
 def test_points_whose_store_is_gone_are_refused_by_name(store, tmp_path):

@@ -100,11 +100,17 @@ def test_a_region_predicted_later_keeps_the_verdict_on_the_others(model):
         hg.tl.predict(both, image_key={"spots-A": "he-A", "spots-B": "he-B"}, **options)
     together, record = both["table"].copy(), both["table"].uns["he2gene"]
     assert record["reasons"][0].startswith("'spots-A': ")
-    # One after the other.
-    hg.tl.predict(both, shapes_key="spots-B", image_key="he-B", **options)
-    assert both["table"].uns["he2gene"]["regions"] == record["regions"]
-    for name in ("reasons", "verdict", "share_on_tissue", "share_out_of_distribution"):
-        assert both["table"].uns["he2gene"][name] == record[name]
+    # One after the other, also if a version without the entry wrote the first.
+    for older in (False, True):
+        if older:
+            hg.tl.predict(both, shapes_key="spots-A", image_key="he-A", **options)
+            del both["table"].uns["he2gene"]["regions"]
+        hg.tl.predict(both, shapes_key="spots-B", image_key="he-B", **options)
+        assert older or both["table"].uns["he2gene"]["regions"] == record["regions"]
+        assert set(both["table"].uns["he2gene"]["regions"]) == {"spots-A", "spots-B"}
+        for name in ("verdict",) if older else ("reasons", "verdict", "share_on_tissue", "share_out_of_distribution"):
+            assert both["table"].uns["he2gene"][name] == record[name]
+        assert "reasons" in both["table"].uns["he2gene"]
     for name in ("he2gene_reliable", "he2gene_reliable_known_patient"):
         assert not both["table"].var[name].any()
         assert both["table"].var[name].equals(together.var[name])

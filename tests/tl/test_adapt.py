@@ -642,7 +642,7 @@ def test_regions_that_were_predicted_for_different_genes_raise(toy, tiny_model):
         hg.tl.predict(both, model=tiny_model, shapes_key=region, genes=genes)
     mask = np.arange(both["table"].n_obs) % 2 == 0
     with pytest.raises(
-        ValueError, match="no spot has values of all 20 genes, since regions were predicted for different"
+        ValueError, match="no spot has values of all 20 genes, for example because regions were predicted for"
     ):
         hg.tl.adapt(both, mask)
     hg.tl.adapt(both, mask, genes=names[8:12])

@@ -75,8 +75,9 @@ class EncoderSpec:
     Raises
     ------
     ValueError
-        If ``name`` is blank, ``license`` is not a text, ``input_px`` is not a positive whole number, ``mean`` or ``std`` are not three finite
-        numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of those named.
+        If ``name`` is blank, ``license`` is not a text, ``input_px`` is not a positive whole number, ``mean`` or ``std`` are
+        not three finite numbers (``std`` above 0), ``mpp`` is not above 0, or ``pooling`` or ``interpolation`` is not one of
+        those named.
 
     Examples
     --------

@@ -105,8 +105,10 @@ def compare(
     every.attrs["doubts"] = [f"{group!r}: {outcome.doubt}" for group, outcome in doubtful.items()]
     every.attrs["doubts"] += [f"{group!r}: {found}" for group, found in confounded.items()]
     if confounded:
+        first, *others = confounded
+        like = f"; similarly for {format_list(map(repr, others))}" if others else ""
         warnings.warn(
-            f"groups and sections are confounded: {'; '.join(confounded.values())}. Differences between sections, as in staining, appear as "
+            f"groups and sections are confounded: {confounded[first]}{like}. Differences between sections, as in staining, appear as "
             "differences between groups. Use one section of each sample that has both groups, or only sections with similar shares",
             UserWarning,
             stacklevel=3,
