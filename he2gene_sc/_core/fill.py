@@ -258,21 +258,13 @@ def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[st
 
 
 def _facts_of_region(record: Mapping[str, Any], region: str) -> Mapping[str, Any]:
-    """Return the facts of a region in a record; those of the whole record if a version before 0.7 wrote it."""
+    """Return the facts of a region in a record; those of the whole record, without counts, if it has none by region."""
     if region in (regions := record.get("regions", {})):
         return regions[region]
-    n_spots, n_outside = (
-        int(value[region] if isinstance(value, Mapping) else value)
-        for value in (record["n_spots"], record["n_outside"])
-    )
-    n = n_spots - n_outside
     facts: dict[str, Any] = {name: record[name] for name in ("verdict", "known_patient") if name in record}
     if facts.get("verdict") in ("out of distribution", "no tissue"):
         facts["reasons"] = [f"{facts['verdict']} (predicted by an earlier version; predict again for the reasons)"]
-    for name in ("on_tissue", "out_of_distribution"):
-        if f"share_{name}" in record:
-            facts[f"n_{name}"] = round(float(record[f"share_{name}"]) * n)
-    return {"n_inside": n, "n_on_tissue": n, **facts}
+    return facts
 
 
 def pool_regions(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

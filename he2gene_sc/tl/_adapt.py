@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 #: Warn if this share of the other spots, and at least this number, is not represented by measured spots.
 _UNREPRESENTED_SHARE, _MIN_UNREPRESENTED = 0.1, 5
 _GUARANTEE = (
-    "Cross-validated residuals of measured spots, ranks corrected for their number. If the measured spots were drawn at random, "
-    "intervals made of them cover about the nominal share on average over the unmeasured spots of this slide (at least 1 - 2 alpha "
-    "where 1 - alpha is nominal, as for cross-conformal intervals). There is no guarantee for a single spot, for another slide, or if "
-    "spots were chosen otherwise."
+    "Cross-validated residuals of measured spots, with ranks corrected for their number. If the measured spots were drawn at random, "
+    "intervals made of them cover about the nominal share on average over the unmeasured spots of this slide. They cover at least "
+    "1 - 2 alpha where 1 - alpha is nominal, as cross-conformal intervals do. Nothing is guaranteed for single spots, for other slides, "
+    "or if the spots were not drawn at random."
 )
 
 

@@ -59,6 +59,9 @@ def compare(
     tests, differences, faults = [], [], []
     doubtful: dict[str, Outcome] = {}
     confounded: dict[str, str] = {}
+    sections = (
+        pd.crosstab([spots.samples.astype(str), spots.units], spots.labels.astype(str)) if chosen.samples else None
+    )
     for group in _groups(cells, groups, reference, chosen):
         known = None if measured_cells is None else Contrast.from_cells(measured_cells, group, reference, design)
         contrast = Contrast.from_cells(cells, group, reference, design, known)
@@ -73,7 +76,8 @@ def compare(
         test = outcome.test
         if outcome.doubt:
             doubtful[group] = outcome
-        if chosen.samples and (gap := _section_gap(contrast, used)) > _MAX_SECTION_GAP:
+        samples, sides = contrast.samples[used & contrast.paired], cells.sides(group, reference)
+        if sections is not None and (gap := _section_gap(sections, samples, sides)) > _MAX_SECTION_GAP:
             confounded[group] = (
                 f"the sections of a sample differ in their shares of {group!r} and {reference!r} (by {gap:.0%})"
             )
@@ -118,18 +122,15 @@ def compare(
     return every, pd.concat(differences)
 
 
-def _section_gap(contrast: Contrast, used: np.ndarray) -> float:
-    """Difference between the shares of a group and of its reference in each section; mean over the used samples.
+def _section_gap(sections: pd.DataFrame, samples: np.ndarray, sides: np.ndarray) -> float:
+    """Difference between the shares of a group and of its reference in each section; mean over samples.
 
-    0 if both have the same shares in each section, 1 if they are in two different ones. Noise of few spots is subtracted.
+    ``sections`` has numbers of spots by (sample, section) and label, ``sides`` ``(2, labels)`` are masks of the labels of both
+    groups. 0 if both have the same shares in each section, 1 if they are in two different ones. Noise of few spots is subtracted.
     """
-    chosen = contrast.inside | contrast.outside
-    spots = pd.crosstab(
-        [contrast.pool.samples[chosen].astype(str), contrast.pool.units[chosen]], contrast.inside[chosen]
-    )
     gaps = []
-    for sample in contrast.samples[used & contrast.paired]:
-        counts = spots.loc[sample].to_numpy()
+    for sample in samples:
+        counts = sections.loc[sample].to_numpy() @ sides.T
         n = counts.sum(0)
         share = counts.sum(1) / n.sum()
         noise = (share * (1 - share)).sum() * (1 / n).sum()
@@ -155,8 +156,8 @@ def _testable_genes(
     If spots are the unit, the mean is over all spots: a mean of means would favour genes that are high in the small group.
     """
     if contrast.spot_variance is not None:
-        squares = [*contrast.spot_variance, *np.square(contrast.means[0] - contrast.means[1]).ravel()]
-        if np.nanmax(squares) <= _ROUNDING * np.nanmax(np.square(contrast.means)):
+        within, between = (np.nanmax(x) for x in (contrast.spot_variance, np.square(np.diff(contrast.means, axis=0))))
+        if max(within, between) <= _ROUNDING * np.nanmax(np.square(contrast.means)):
             return np.zeros(len(contrast.genes), bool), (
                 f"`layer` {contrast.pool.layer!r} is the same at all spots of {group!r} and {reference!r} in a sample, so no difference "
                 "can be tested; name a layer that varies over the spots"
