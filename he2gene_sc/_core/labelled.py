@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _PATIENT_COLUMNS = ("patient", "patient_id", "donor", "donor_id", "subject", "subject_id", "individual")
 #: Largest share of spots without counts for which depth counts as known.
 _MAX_EMPTY = 0.05
+#: Fewest spots of a domain in a section; smaller domains are left out there.
+MIN_DOMAIN_SPOTS = 3
 #: Number of genes of highest variance if no prediction marks reliable genes.
 _N_VARIABLE = 2000
 
@@ -299,3 +301,33 @@ def _given_genes(table: AnnData, given: Sequence[str], key: str | None) -> np.nd
     if len(set(columns)) < len(given):
         raise ValueError(f"`genes`: {pd.Index(given)[pd.Index(columns).duplicated()][0]!r} is given twice")
     return columns
+
+
+def domain_codes(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
+    """Codes of the domains and their names; -1 without a domain, or if it has too few spots in its section."""
+    values = pd.Series(spots.labels)
+    column = spots.tables[0].obs[domain_key]
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
+    else:
+        names = sorted(set(values.dropna()))
+    codes = pd.Categorical(values, categories=names).codes.astype(np.int64)
+    small_domains = []
+    enough = False
+    for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
+        size = np.bincount(codes[rows][codes[rows] >= 0], minlength=len(names))
+        small = np.flatnonzero((size > 0) & (size < MIN_DOMAIN_SPOTS))
+        small_domains += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
+        codes[rows[np.isin(codes[rows], small)]] = -1
+        enough |= bool(np.count_nonzero(size >= MIN_DOMAIN_SPOTS) > 1)
+    if not enough:
+        raise ValueError(
+            f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_DOMAIN_SPOTS} spots; found "
+            f"{ {name: int((values == name).sum()) for name in names} }"
+        )
+    if small_domains:
+        warnings.warn(
+            f"domains with fewer than {MIN_DOMAIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}",
+            stacklevel=3,
+        )
+    return codes, names

@@ -11,12 +11,12 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import PATIENT, SECTION
+from .._core.labelled import MIN_DOMAIN_SPOTS
 from .._core.names import annotation_target, names_of, stored_colours
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
-from ..tl._domains.domain_preservation import MIN_SPOTS
 from ._canvas import Canvas, finish
 from ._panels import Panel, Style, draw_panels
 
@@ -144,7 +144,7 @@ def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
     """Return the labels as text, without labels that have too few spots in the section for a score."""
     labels = pd.Series(names_of(table, column, "domain_key"), index=table.obs_names)
     size = labels.iloc[spots].value_counts()
-    return labels.where(~labels.isin(size.index[size < MIN_SPOTS]), None)
+    return labels.where(~labels.isin(size.index[size < MIN_DOMAIN_SPOTS]), None)
 
 
 def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:

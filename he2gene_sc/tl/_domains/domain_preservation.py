@@ -15,13 +15,13 @@ from ..._core import validate
 from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots, warn_of_copy
 from ..._core.expression import Scale
 from ..._core.keys import OWN_TABLE, Keys, check_key
-from ..._core.labelled import paired_layers
+from ..._core.labelled import domain_codes, paired_layers
 from ..._core.names import stored_colours
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.results import write_result
 from ..._core.slide import mean_colours
-from ..._core.spots import SpotData, get_table, read_spots, spots_of, unique_section_names
+from ..._core.spots import get_table, read_spots, spots_of, unique_section_names
 from .clusters import CLUSTERINGS, cluster, embed, explained_part, medoid, position_features
 from .scores import GENE_INDEPENDENT, Labels, codes_of, moran_agreement, score
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 _VERB = "domain_preservation"
-#: Fewest spots of a domain in a section; smaller domains are left out there.
-MIN_SPOTS = 3
 #: Colours of domains without colours in ``uns``; below, colours of clusters that match no domain.
 _PALETTE = (
     *("#d62728", "#2ca02c", "#1f77b4", "#ffdd57", "#9467bd"),
@@ -176,7 +174,7 @@ def domain_preservation(
     xy = spots_of(table)
     check_duplicate_spots(spots)
     where = pd.DataFrame({"sample": spots.samples, "section": unique_section_names(spots.sections, spots.samples)})
-    codes, names = _domains(spots, domain_key, where)
+    codes, names = domain_codes(spots, domain_key, where)
     used, predicted, counted, depth = paired_layers(
         spots, genes, measured, layer_scale=layer_scale, measured_scale=measured_scale, has_measured=has_measured
     )
@@ -224,36 +222,6 @@ def domain_preservation(
         obs=columns,
         uns=colours,
     )
-
-
-def _domains(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Codes of the domains and their names; -1 without a domain, or if it has too few spots in its section."""
-    values = pd.Series(spots.labels)
-    column = spots.tables[0].obs[domain_key]
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        names = values.iloc[np.argsort(column.cat.codes, kind="stable")].dropna().unique().tolist()
-    else:
-        names = sorted(set(values.dropna()))
-    codes = pd.Categorical(values, categories=names).codes.astype(np.int64)
-    small_domains = []
-    enough = False
-    for (_, section), rows in where.groupby(["sample", "section"], sort=False).indices.items():
-        size = np.bincount(codes[rows][codes[rows] >= 0], minlength=len(names))
-        small = np.flatnonzero((size > 0) & (size < MIN_SPOTS))
-        small_domains += [f"{names[code]!r} ({size[code]} in {section})" for code in small]
-        codes[rows[np.isin(codes[rows], small)]] = -1
-        enough |= bool(np.count_nonzero(size >= MIN_SPOTS) > 1)
-    if not enough:
-        raise ValueError(
-            f"`domain_key` {domain_key!r}: no section has two domains of at least {MIN_SPOTS} spots; found "
-            f"{ {name: int((values == name).sum()) for name in names} }"
-        )
-    if small_domains:
-        warnings.warn(
-            f"domains with fewer than {MIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}",
-            stacklevel=3,
-        )
-    return codes, names
 
 
 def _check_varies(where: pd.DataFrame, given: Mapping[str, np.ndarray | None]) -> None:
