@@ -14,7 +14,7 @@ import numpy as np
 from . import logs
 from .equality import is_same_value, same_array, same_column
 from .keys import MAPPINGS
-from .rasters import entries_of, levels
+from .rasters import entries_of, levels, systems_of
 from .sources import folder_of, sources
 
 if TYPE_CHECKING:
@@ -99,16 +99,12 @@ def table_difference(path: Path, table: AnnData) -> Difference:
             # Before version 0.8, anndata stored categories separately from their column.
             if stored.equals(current) and group[axis].attrs.get("encoding-version") == "0.2.0":
                 found.kept += [f"{axis}/{key}" for key in equal if "/" not in key and key != names.name]
-        parts: Any = (("X", table.X, _is_same_array), ("raw", table.raw, partial(_is_same_raw, found)))
-        for part, value, is_same in parts:
-            there = group.get(part)
-            there = None if there is not None and there.attrs.get("encoding-type") == "null" else there
-            if there is not None and value is not None:
-                (found.kept if is_same(there, value) else found.altered).append(part)
-            elif there is not None:
-                found.lost.append(part)
-            elif value is not None:
-                found.added.append(part)
+        for part, value, is_same in (("X", table.X, _is_same_array), ("raw", table.raw, partial(_is_same_raw, found))):
+            in_store = part in group and group[part].attrs.get("encoding-type") != "null"
+            if in_store and value is not None:
+                (found.kept if is_same(group[part], value) else found.altered).append(part)
+            elif in_store or value is not None:
+                (found.lost if in_store else found.added).append(part)
         _compare_mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
             current = entries_of(table, slot)
@@ -221,9 +217,8 @@ def _compare_rows(found: Difference, name: str, stored: Any, current: Any) -> No
 def _compare_transformations(found: Difference, stored: Any, current: Any) -> None:
     """Compare the transformations of two elements to each coordinate system."""
     from spatialdata.models import get_axes_names
-    from spatialdata.transformations import get_transformation
 
-    before, now = (get_transformation(element, get_all=True) for element in (stored, current))
+    before, now = systems_of(stored), systems_of(current)
     axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
     for name in found.note("transformations", before, now):
         if not np.array_equal(*(way[name].to_affine_matrix(axes, axes) for way in (before, now))):

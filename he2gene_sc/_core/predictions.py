@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from . import validate
 from .keys import OWN_TABLE, Keys
+from .logs import warn
 from .matrix import layer_names, matrix_of
 from .names import check_text_names
 from .ownership import is_prediction, is_record_of, unchanged_keys
@@ -157,7 +157,7 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
     return validate.existing_key(name, layer_names(table), "layer", hint)
 
 
-def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
+def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str) -> None:
     """Warn if a layer was changed since predict wrote it."""
     values = matrix_of(table, layer)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
@@ -169,10 +169,9 @@ def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stack
     if layer == record["layer"] and layer not in unchanged_keys(table, Keys(prediction_key).uns, record).get(
         "layers", ()
     ):
-        warnings.warn(
+        warn(
             f"`layer` {layer!r} was changed since hg.tl.predict wrote it: the reliability that the model states may not hold; "
-            "predict again",
-            stacklevel=stacklevel,
+            "predict again"
         )
 
 

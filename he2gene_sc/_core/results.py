@@ -18,6 +18,7 @@ import pandas as pd
 from . import validate
 from .elements import is_object, objects_in
 from .keys import MAPPINGS, Keys
+from .logs import warn
 from .matrix import dense
 from .ownership import is_record_of, unchanged_keys
 from .rasters import entries_of
@@ -45,20 +46,16 @@ class Result:
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
     """Return the table of each object in which a verb wrote ``uns[key]``; ``data`` is one object or table, or several."""
-    found = []
+    found: list[AnnData] = []
     for item in objects_in(data):
         tables = item.tables if hasattr(item, "tables") else {"": item}
         if table_key is not None and hasattr(item, "tables"):
-            validate.existing_key(table_key, tables, "table_key")
-        written = [
-            name
-            for name, table in tables.items()
-            if (table_key is None or name in (table_key, "")) and is_record_of(verb, table.uns.get(key))
-        ]
+            tables = {validate.existing_key(table_key, tables, "table_key"): tables[table_key]}
+        written = {name: table for name, table in tables.items() if is_record_of(verb, table.uns.get(key))}
         if not written:
             raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
         validate.not_ambiguous(written, "table_key")
-        found.append(tables[written[0]])
+        found += written.values()
     return found
 
 
@@ -84,10 +81,10 @@ def write_result(
     """
     given = {name: value for name, value in params.items() if value is not None}
     result = Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
-    write_results([(table, result) for table in ([tables] if is_object(tables) else tables)], stacklevel=3)
+    write_results([(table, result) for table in ([tables] if is_object(tables) else tables)])
 
 
-def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2) -> None:
+def write_results(results: Sequence[tuple[AnnData, Result]]) -> None:
     """Write results into all tables, or into none."""
     removed: list[str] = []
     with ExitStack() as undo:
@@ -97,7 +94,7 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
             undo.enter_context(restore_on_error(table))
             removed += _write(table, result)
         # Warn inside the block: a filter may turn the warning into an exception.
-        warn_removed(removed, stacklevel=stacklevel + 1)
+        warn_removed(removed)
 
 
 @contextmanager
@@ -190,13 +187,12 @@ def _delete(table: AnnData, entries: Mapping[str, Iterable[str]]) -> None:
                 del getattr(table, slot)[name]
 
 
-def warn_removed(removed: list[str], stacklevel: int) -> None:
+def warn_removed(removed: list[str]) -> None:
     """Warn of results that were removed, if any."""
     if removed:
-        warnings.warn(
+        warn(
             f"results that were computed from changed values were removed: uns {sorted(set(removed))}, with their layers and "
-            "columns; run the functions that wrote them again",
-            stacklevel=stacklevel + 1,
+            "columns; run the functions that wrote them again"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import issparse
+from scipy.sparse import csr_array, issparse
 
 from . import validate
 from .elements import find_table, objects_in
 from .expression import as_logs
 from .genes import find_genes
 from .keys import OWN_TABLE, PATIENT, SECTION
+from .logs import warn
 from .matrix import blocks_of, matrix_of, max_chunk_rows, values_of
 from .names import (
     UNNAMED,
@@ -189,8 +189,6 @@ class SpotData:
 
         The third item has the column of each gene of ``genes`` ``(g,)``, -1 if the table does not list it.
         """
-        from scipy.sparse import csr_array
-
         columns = [find_genes(self.genes, table.var_names) for table in self.tables]
         for i, where, table in self.chunks():
             values = values_of(table, self.layer)
@@ -210,8 +208,6 @@ class SpotData:
         Spots with a code below 0 are left out. With ``weights`` ``(n,)``, the sum of the logarithms times the weights is added at the
         end. All sums are computed in one pass.
         """
-        from scipy.sparse import csr_array
-
         out = np.zeros((len(transforms) + (weights is not None), n, len(self.genes)))
         for where, values in self.blocks():
             code = codes[where]
@@ -232,8 +228,6 @@ class SpotData:
         ``(3, n, g)``: counts, their squares, counts times depth; ``(2, n)``: depth and its square. ``log_depth`` is per spot;
         default: log of total counts.
         """
-        from scipy.sparse import csr_array
-
         sums = np.zeros((3, n, len(self.genes)))
         depth = np.zeros((2, n))
         for where, block, columns in self.counts():
@@ -322,10 +316,9 @@ def read_spots(
     named_samples = pd.unique(np.concatenate(samples))
     unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
     if unnamed and max(len(named_samples), len(tables)) > 1:
-        warnings.warn(
+        warn(
             f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one of {len(named_samples)} samples. If it stands for "
-            "several samples, or for one of the others, name them or remove its spots",
-            stacklevel=3,
+            "several samples, or for one of the others, name them or remove its spots"
         )
     places = all("spatial" in table.obsm for table in tables)
     return SpotData(
