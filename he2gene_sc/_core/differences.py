@@ -192,7 +192,11 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
     if not data:
         pass
     elif kind in ("images", "labels"):
-        if not _same_raster(stored, current):
+        before, now = levels(stored), levels(current)
+        if len(before) != len(now) or not all(
+            a.dims == b.dims and a.shape == b.shape and a.dtype == b.dtype and _same_pixels(a.data, b.data)
+            for a, b in zip(before, now, strict=True)
+        ):
             found.altered.append("pixels")
     elif kind == "shapes":
         _compare_rows(found, name, stored.to_wkb(), current.to_wkb())
@@ -229,16 +233,6 @@ def channels(element: Any) -> list[str]:
     """Return the channel names of an image."""
     first = levels(element)[0]
     return [str(name) for name in first.coords["c"].values] if "c" in first.coords else []
-
-
-def _same_raster(stored: Any, current: Any) -> bool:
-    before, now = levels(stored), levels(current)
-    if len(before) != len(now):
-        return False
-    return all(
-        a.dims == b.dims and a.shape == b.shape and a.dtype == b.dtype and _same_pixels(a.data, b.data)
-        for a, b in zip(before, now, strict=True)
-    )
 
 
 def _same_pixels(stored: Any, current: Any) -> bool:

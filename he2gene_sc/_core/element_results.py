@@ -36,7 +36,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str) -> N
                 f"{where} and was not written by {verb}; choose another name, or delete it first: del "
                 f"sdata.{other_kind}[{name!r}]"
             )
-        if name in written and not is_element_unchanged(sdata, kind, name, written[name]):
+        if name in written and not is_element_unchanged(getattr(sdata, kind)[name], written[name]):
             raise ValueError(
                 f"{where} and was changed after {verb} wrote it; keep it under another name, or delete it first: del "
                 f"sdata.{kind}[{name!r}]"
@@ -83,7 +83,7 @@ def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:
     """Whether labels or shapes are unchanged since one of our functions wrote them, by the record in ``attrs``."""
     written = attrs.get(ATTRS, {}).get(_WRITTEN, {}).get(kind, {})
-    return name in written and element_digest(element) == written[name]
+    return name in written and is_element_unchanged(element, written[name])
 
 
 def copy_tables(sdata: SpatialData) -> SpatialData:

@@ -153,28 +153,24 @@ def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np
     import torch
 
     before = table.layers.get(stacked.keys.layer) if keep else None
+    wanted = stacked.wanted
     if stacked.lazy:
-        layer = _lazy_layer(table, stacked)
-        return layer if before is None else insert_rows(before, layer, stacked.rows)
+        tensors = stacked.model.tensors
+        embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
+        embedding[stacked.rows] = stacked.embedding
+        weights, bias = np.full((embedding.shape[1], table.n_vars), np.nan), np.full(table.n_vars, np.nan)
+        weights[:, wanted.columns] = tensors["genes.weight"][:, wanted.positions]
+        bias[wanted.columns] = tensors["genes.bias"][wanted.positions]
+        lazy = lazy_layer(embedding, weights, bias)
+        return lazy if before is None else insert_rows(before, lazy, stacked.rows)
     layer = np.full(table.shape, np.nan, np.float32)
     if before is not None:
         old = before[others]
         layer[others] = np.asarray(old.toarray() if hasattr(old, "toarray") else old, np.float32)
-    wanted, network = stacked.wanted, stacked.model.network
-    for rows, genes, values in network.expression_blocks(torch.from_numpy(stacked.embedding), wanted.positions):
+    blocks = stacked.model.network.expression_blocks(torch.from_numpy(stacked.embedding), wanted.positions)
+    for rows, genes, values in blocks:
         layer[np.ix_(stacked.rows[rows], wanted.columns[genes])] = values
     return layer
-
-
-def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
-    """Return a lazy layer of the predicted rows and genes; NaN elsewhere."""
-    embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
-    embedding[stacked.rows] = stacked.embedding
-    tensors, wanted = stacked.model.tensors, stacked.wanted
-    weights, bias = np.full((embedding.shape[1], table.n_vars), np.nan), np.full(table.n_vars, np.nan)
-    weights[:, wanted.columns] = tensors["genes.weight"][:, wanted.positions]
-    bias[wanted.columns] = tensors["genes.bias"][wanted.positions]
-    return lazy_layer(embedding, weights, bias)
 
 
 def _gene_columns(

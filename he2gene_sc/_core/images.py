@@ -13,14 +13,15 @@ from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels,
 from . import validate
 from .elements import Spots, check_files, check_spatialdata, spot_element
 from .logs import logger, warn
+from .matrix import subsample
 from .mpp import affine, length_scale, transform_points
 from .rasters import levels, shared_systems, systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: Points at which images are compared, the least number, and the least correlation of darkness of the same tissue.
-_N_POINTS, _MIN_POINTS, _SAME_TISSUE = 64, 8, 0.5
+#: Least number of points at which images are compared, and the least correlation of darkness of the same tissue.
+_MIN_POINTS, _SAME_TISSUE = 8, 0.5
 #: Images with a lower SD of darkness cannot be compared.
 _MIN_DARKNESS_SD = 1.0
 #: Fraction of a side by which extents may differ, and fraction of the points that the finest image has to cover.
@@ -321,11 +322,6 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
         else:
             sample = np.asarray(pyramid.levels[-1].array)
     return check_pixels(int(array.shape[0]), array.dtype, sample, image_key)
-
-
-def subsample(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
-    """Choose at most ``n`` values, evenly through their order."""
-    return values[np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
 
 
 def darkness_at(pyramid: Pyramid, image_key: str, centres: np.ndarray, side: float) -> Darkness:

@@ -135,7 +135,6 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
 
     Results that were computed from the prediction are not carried over if its values have changed.
     """
-    check_place(sdata, name)
     before = sdata.tables.get(name)
     removed = [] if before is None else _carry_over(before, table, keys)
     with replaced_element(sdata, "tables", name, table):

@@ -107,16 +107,12 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
     unchanged = named if record is None else unchanged_keys(table, key, record)
     existing = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
     foreign = [(slot, n) for slot, n in existing if n not in named.get(slot, [])]
-    changed = [(slot, n) for slot, n in existing if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
+    changed = [entry for entry in existing if entry not in foreign and entry[1] not in unchanged.get(entry[0], [])]
     if foreign:
-        lost = (
-            ""
-            if record is not None
-            else f". If it was, its record uns[{key!r}] is missing: anndata.concat keeps it with uns_merge='first'"
-        )
+        lost = f". If it was, its record uns[{key!r}] is missing: anndata.concat keeps it with uns_merge='first'"
         raise ValueError(
             f"`{parameter}`: {_format_entries(foreign)} and was not written by {public_name(verb)}; choose another name, or rename or delete "
-            f"it first{lost}"
+            f"it first{lost if record is None else ''}"
         )
     if changed:
         raise ValueError(

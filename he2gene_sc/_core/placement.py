@@ -9,8 +9,9 @@ import numpy as np
 
 from ..image import MIN_TISSUE
 from ..stats import pitch_of
-from .images import darkness_at, subsample
+from .images import darkness_at
 from .logs import warn
+from .matrix import subsample
 from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
 
 if TYPE_CHECKING:

@@ -33,18 +33,17 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     """Return the name of the table that ``predict(key_added=...)`` filled; a measured table comes first."""
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
+    tables = dict(sdata.tables)
     if table_key is not None:
-        validate.existing_key(table_key, sdata.tables, "table_key")
-    tables = sdata.tables if table_key is None else {table_key: sdata[table_key]}
+        tables = {table_key: tables[validate.existing_key(table_key, tables, "table_key")]}
     found = [key for key, table in tables.items() if is_prediction(table.uns.get(prediction_key))]
     candidates = [key for key in found if OWN_TABLE not in sdata[key].uns] or found
-    if not candidates and table_key is not None:
-        raise ValueError(f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first")
     if not candidates:
         lost = [key for key, table in tables.items() if prediction_key in table.layers]
         hint = f" ({lost} have the layer, but not the record in uns: anndata.concat keeps it with uns_merge='first')"
+        where = "`sdata`" if table_key is None else f"`table_key` {table_key!r}"
         raise ValueError(
-            f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
+            f"{where} holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
         )
     validate.not_ambiguous(candidates, "table_key")
     check_text_names(sdata[candidates[0]])

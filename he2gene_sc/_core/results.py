@@ -139,10 +139,10 @@ def _write(table: AnnData, result: Result) -> list[str]:
 def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], before: Any) -> set[str]:
     """Return the names of layers, columns of ``obs`` and results that will change."""
     changed = set()
-    for slot in ("layers", "obs"):
+    for slot, is_same in (("layers", same_values), ("obs", lambda a, b: same_digest(pd.Series(a), pd.Series(b)))):
         values, there = result.slots.get(slot, {}), getattr(table, slot)
         names = dict.fromkeys([*values, *old.get(slot, [])])
-        changed |= {n for n in names if n not in values or n not in there or not _same(slot, there[n], values[n])}
+        changed |= {n for n in names if n not in values or n not in there or not is_same(there[n], values[n])}
     if result.verb == "predict":
         labels = Keys(result.key).annotation
         # Other facts, such as package versions, do not change values.
@@ -150,10 +150,6 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
     facts = result.record.keys() - {"verb", "params"}
     is_other = isinstance(before, Mapping) and any(not same_digest(before.get(n), result.record[n]) for n in facts)
     return changed | ({result.key} if is_other else set())
-
-
-def _same(slot: str, before: Any, after: Any) -> bool:
-    return same_values(before, after) if slot == "layers" else same_digest(pd.Series(before), pd.Series(after))
 
 
 def same_values(before: Any, after: Any) -> bool:

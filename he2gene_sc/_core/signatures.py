@@ -14,7 +14,6 @@ from .rasters import levels
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from spatialdata import SpatialData
 
 #: Values of a matrix that are read at a time.
 _BLOCK = 1 << 22
@@ -56,10 +55,9 @@ def element_digest(element: Any) -> str:
     return f"{_shape(element)}:{digest_of(*content)}"
 
 
-def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
-    """Whether labels or shapes are unchanged; elements of another size are not read."""
-    element = levels(getattr(sdata, kind)[name])[0]
-    return signature.startswith(f"{_shape(element)}:") and element_digest(element) == signature
+def is_element_unchanged(element: Any, signature: str) -> bool:
+    """Whether labels or shapes have this digest; elements of another size are not read."""
+    return signature.startswith(f"{_shape(levels(element)[0])}:") and element_digest(element) == signature
 
 
 def row_digests(values: Any, names: pd.Index) -> np.ndarray:

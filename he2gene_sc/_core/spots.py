@@ -17,7 +17,7 @@ from .expression import as_logs
 from .genes import find_genes
 from .keys import OWN_TABLE, PATIENT, SECTION
 from .logs import warn
-from .matrix import blocks_of, matrix_of, max_chunk_rows, values_of
+from .matrix import blocks_of, matrix_of, values_of
 from .names import (
     UNNAMED,
     annotation_target,
@@ -51,7 +51,6 @@ def get_table(
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
         return check_text_names(data)
-    key = table_key
     if prediction_key is not None:
         key = predicted_table(data, prediction_key, table_key)
     elif layer is not None and table_key is None:
@@ -66,8 +65,8 @@ def get_table(
         key = candidates[0]
     elif table_key is None and len(data.tables) == 1:
         (key,) = data.tables
-    elif table_key not in data.tables:
-        key = find_table(data, table_key)
+    else:
+        key = table_key if table_key in data.tables else find_table(data, table_key)
     if key is None:
         raise ValueError(f"`data` has no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
     return check_text_names(data[key])
@@ -161,7 +160,10 @@ class SpotData:
         """Yield blocks of spots: the index of their table, their positions, and the table of only these spots."""
         start = 0
         for i, (table, rows) in enumerate(zip(self.tables, self.rows, strict=True)):
-            step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
+            values = matrix_of(table, self.layer)
+            # A chunk of a dask array is computed as a whole.
+            chunks = values.chunks[0] if hasattr(values, "dask") else ()
+            step = max(1, _BLOCK // table.n_vars, *chunks)
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 yield i, slice(start, start + len(chosen)), table[chosen]
@@ -308,11 +310,8 @@ def read_spots(
         labels = [names_of(table, label_key, parameter) for table in tables]
     samples = [samples_of(table, sample_key) for table in tables]
     rows = {f"object {i}": table.obs_names for i, table in enumerate(tables)}
-    for names, named, key, what in (
-        (labels, parameter, label_key or "", "labels"),
-        (samples, "sample_key", sample_key, "samples"),
-    ):
-        check_spelling(dict(zip(rows, names, strict=True)), named, key, what=what, rows=rows)
+    check_spelling(dict(zip(rows, labels, strict=True)), parameter, label_key or "", rows=rows)
+    check_spelling(dict(zip(rows, samples, strict=True)), "sample_key", sample_key, what="samples", rows=rows)
     named_samples = pd.unique(np.concatenate(samples))
     unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
     if unnamed and max(len(named_samples), len(tables)) > 1:
