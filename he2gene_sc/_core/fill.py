@@ -103,8 +103,7 @@ def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
 def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     """Write into a measured table; its rows, their order, ``X`` and every other slot stay unchanged.
 
-    Rows of regions that were not predicted keep the values of an earlier run of the same model. Results that other
-    functions computed from the prediction are removed, with a warning, if any value of the layer changes.
+    Rows of regions that were not predicted keep the values of an earlier run of the same model.
     """
     others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
     before = _earlier_record(table, stacked, others)

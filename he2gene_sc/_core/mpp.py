@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,18 +32,11 @@ _MAX_ANISOTROPY = 0.05
 _MPP_IMAGE = "mpp_of"
 
 
-@dataclass(frozen=True)
-class _Assay:
-    name: str
-    pitch_um: float
-    neighbours: int
-    ratio: tuple[float, float]
-
-
-#: Lattice and diameter-to-pitch ratio of known assays. Some readers write Visium circles too wide.
+#: Known assays: name, pitch in µm, number of neighbours, and limits of the ratio of diameter to pitch. Some readers write
+#: Visium circles too wide.
 _ASSAYS = (
-    _Assay("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
-    _Assay("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
+    ("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
+    ("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
 )
 _VISIUM_SPOT_UM = 55.0
 #: Size of the bins in the names that Space Ranger gives to them.
@@ -201,7 +193,7 @@ def resolve_mpp(sdata: SpatialData, slide: Slide, mpp: float | None, to_pixels: 
     else:
         found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
     if found is None and by_array is not None:
-        pitch, width = _ASSAYS[0].pitch_um / by_array[0], _VISIUM_SPOT_UM / by_array[0]
+        pitch, width = _ASSAYS[0][1] / by_array[0], _VISIUM_SPOT_UM / by_array[0]
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
             f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
@@ -331,12 +323,12 @@ def _visium_array(lattice: np.ndarray | None, diameter_px: float | None = None) 
     if lattice is None:
         return None
     column, row = np.linalg.norm(lattice, axis=0)
-    assay = _ASSAYS[0]
+    name, pitch_um, _, (low, high) = _ASSAYS[0]
     if abs(row / column / np.sqrt(3) - 1) > 0.02:
         return None
-    if diameter_px is not None and not assay.ratio[0] <= diameter_px / (2 * column) <= assay.ratio[1]:
+    if diameter_px is not None and not low <= diameter_px / (2 * column) <= high:
         return None
-    return assay.pitch_um / (2 * column), assay.name
+    return pitch_um / (2 * column), name
 
 
 def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
@@ -351,7 +343,7 @@ def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | 
     if pitch <= 0:
         return None
     neighbours = int(np.quantile(near.sum(1), 0.75))
-    for assay in _ASSAYS:
-        if neighbours == assay.neighbours and assay.ratio[0] <= diameter_px / pitch <= assay.ratio[1]:
-            return assay.pitch_um / pitch, assay.name
+    for name, pitch_um, n, (low, high) in _ASSAYS:
+        if neighbours == n and low <= diameter_px / pitch <= high:
+            return pitch_um / pitch, name
     return None

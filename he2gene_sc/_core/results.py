@@ -76,8 +76,7 @@ def write_result(
     """Write all results of a verb into one or several tables, or none if it is interrupted; ``slots`` map slot to key to value.
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (keys by slot), ``signatures`` of the values, and the ``facts``.
-    Entries that only an earlier run of the verb wrote under the same key are removed. Results that were computed from
-    changed values are removed with a warning.
+    Entries that only an earlier run of the verb wrote under the same key are removed.
     """
     given = {name: value for name, value in params.items() if value is not None}
     result = Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
@@ -110,11 +109,11 @@ def restore_on_error(table: AnnData) -> Iterator[None]:
                 setattr(table, name, frame)
             for name, entries in before.items():
                 slot = getattr(table, name)
-                for key in entries_of(table, name).keys() - entries.keys():
-                    del slot[key]
-                for key, value in entries.items():
-                    if key not in slot or slot[key] is not value:
-                        slot[key] = value
+                for key in {**entries_of(table, name), **entries}:
+                    if key not in entries:
+                        del slot[key]
+                    elif key not in slot or slot[key] is not entries[key]:
+                        slot[key] = entries[key]
         raise
 
 

@@ -66,7 +66,7 @@ def resolve(
     """Find the slides of an object: one for each shapes element that the table annotates.
 
     A single candidate is used; several raise an error that lists them. ``image_key`` and ``mpp`` may be mappings from
-    shapes element. Without ``mpp``, it is taken from the metadata, a coordinate system in µm, or a known assay.
+    shapes element.
     """
     check_spatialdata(sdata)
     for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
