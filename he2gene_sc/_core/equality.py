@@ -100,11 +100,9 @@ def same_array(stored: Any, value: Any) -> bool:
         return is_same_value(np.asarray(stored[...]), np.asarray(value))
     if stored.dtype != value.dtype:
         return False
-    if not stored.shape or not value.size:
-        blocks: list[Any] = [Ellipsis]
-    else:
-        # Blocks are whole chunks, so that each chunk is read once.
-        step = stored.chunks[0] * max(1, _BLOCK // max(1, stored.chunks[0] * value.nbytes // value.shape[0]))
-        blocks = [slice(first, first + step) for first in range(0, value.shape[0], step)]
+    # Blocks are whole chunks, so that each chunk is read once.
+    chunk = max(1, stored.chunks[0])
+    step = chunk * max(1, _BLOCK // max(1, chunk * value.nbytes // max(1, value.shape[0])))
+    blocks = (slice(first, first + step) for first in range(0, value.shape[0], step))
     equal_nan = stored.dtype.kind in "fc"
     return all(np.array_equal(stored[rows], np.asarray(value[rows]), equal_nan=equal_nan) for rows in blocks)

@@ -90,8 +90,8 @@ def summarize_values(values: Any) -> ValueSummary:
             low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
             n["n_negative"] += (numbers < 0).sum() if low < 0 else 0
             n["n_fractions"] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
-    bounds = {"low": low, "high": high} if np.isfinite(high) else {}
-    return ValueSummary(**{name: int(count) for name, count in n.items()}, **bounds)
+    low, high = (low, high) if np.isfinite(high) else (0.0, 0.0)
+    return ValueSummary(**{name: int(count) for name, count in n.items()}, low=low, high=high)
 
 
 def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) -> None:

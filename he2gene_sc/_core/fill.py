@@ -14,7 +14,7 @@ from .keys import REGION_FACTS, SPATIAL, Keys
 from .lazy import insert_rows, lazy_layer
 from .logs import warn
 from .names import as_list, stored_colours
-from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
+from .ownership import check_case, check_free, is_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import row_digests, slot_digest
 
@@ -93,7 +93,7 @@ class StackedPredictions:
 
 def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
     """Raise, before any work, if predicting into a table would overwrite something."""
-    planned = keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
+    planned = keys.written(["classes"] * bool(model.card.classes) + ["ood"] * (model.card.guard is not None))
     if keys.layer_name is not None:
         check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
     check_free(table, "predict", keys.uns, parameter="key_added", **planned)

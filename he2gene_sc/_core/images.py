@@ -112,8 +112,16 @@ class TissueMask:
     def read(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
         """Read the finest level of the labels, and their alignment to the image."""
         tissue_key = tissue_key_of(sdata, image_key, tissue_key)
-        values = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
-        pyramid, to_mask = pyramid_of(sdata, image_key), _to_mask(sdata, image_key, tissue_key)
+        image, labels = sdata.images[image_key], sdata.labels[tissue_key]
+        shared = shared_systems(image, labels)
+        if not shared:
+            raise ValueError(
+                f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
+                "spatialdata.transformations.set_transformation"
+            )
+        what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {shared[0]!r}"
+        to_mask = _inverse(affine(labels, shared[0]), what) @ affine(image, shared[0])
+        values, pyramid = np.asarray(levels(labels)[0]) > 0, pyramid_of(sdata, image_key)
         stretch = np.array([values.shape[1] / pyramid.width, values.shape[0] / pyramid.height])
         if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
             warn(
@@ -150,18 +158,6 @@ def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) ->
     validate.existing_key(tissue_key, sdata.labels, "tissue_key", "; run hg.pp.tissue first")
     check_files(f"labels[{tissue_key!r}]", sdata.labels[tissue_key])
     return tissue_key
-
-
-def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
-    image, mask = sdata.images[image_key], sdata.labels[tissue_key]
-    shared = shared_systems(image, mask)
-    if not shared:
-        raise ValueError(
-            f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
-            "spatialdata.transformations.set_transformation"
-        )
-    what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {shared[0]!r}"
-    return _inverse(affine(mask, shared[0]), what) @ affine(image, shared[0])
 
 
 @dataclass(frozen=True)

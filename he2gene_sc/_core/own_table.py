@@ -48,7 +48,7 @@ def check_new_table(
         f"{slot}[{key!r}]"
         for slot, keys_there in foreign_keys(before).items()
         for key in keys_there
-        if slot in _aligned(changed) and key not in _OWN_COLUMNS.get(slot, ())
+        if any(slot in slots for slots in changed.values()) and key not in _OWN_COLUMNS.get(slot, ())
     ]
     if changed and before.raw is not None:
         lost.append("raw")
@@ -145,7 +145,7 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     """Copy other entries of the table ``before`` into the new table; return the results that are not copied."""
     changed = _changed_axes(before, table.obs_names, table.var_names)
-    aligned = _aligned(changed)
+    aligned = set().union(*changed.values())
     dropped: dict[str, dict[str, list[str]]] = {keys.uns: recorded_keys(keys.uns, before.uns.get(keys.uns))}
     for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
         written = unchanged_keys(before, key)
@@ -173,13 +173,10 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     return lost + remove_derived(table, {keys.layer, keys.uns, keys.annotation})
 
 
-def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> set[str]:
+def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> dict[str, tuple[str, ...]]:
+    """Return the axes that have other names than before, each with the slots that are aligned to it."""
     same = {"obs": before.obs_names.equals(obs_names), "var": before.var_names.equals(var_names)}
-    return {axis for axis, is_same in same.items() if not is_same}
-
-
-def _aligned(axes: set[str]) -> set[str]:
-    return {slot for axis in axes for slot in ALIGNED[axis]}
+    return {axis: slots for axis, slots in ALIGNED.items() if not same[axis]}
 
 
 def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:

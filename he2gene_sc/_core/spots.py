@@ -51,6 +51,7 @@ def get_table(
         if not hasattr(data, "obs_names"):
             raise TypeError(f"`data` is a {type(data).__name__}; a SpatialData or AnnData object is needed")
         return check_text_names(data)
+    key = table_key
     if prediction_key is not None:
         key = predicted_table(data, prediction_key, table_key)
     elif layer is not None and table_key is None:
@@ -65,8 +66,8 @@ def get_table(
         key = candidates[0]
     elif table_key is None and len(data.tables) == 1:
         (key,) = data.tables
-    else:
-        key = table_key if table_key in data.tables else find_table(data, table_key)
+    elif table_key not in data.tables:
+        key = find_table(data, table_key)
     if key is None:
         raise ValueError(f"`data` has no measured table, tables: {sorted(data.tables)}; name one by `table_key`")
     return check_text_names(data[key])

@@ -142,7 +142,7 @@ def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> l
             return [value]
         raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
     is_list = isinstance(value, Iterable) and not isinstance(value, Mapping | bytes)
-    found = list(value) if is_list else value
+    found: Any = list(value) if is_list else value
     if not is_list or len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
         number = f", at least {least}," if least else ""
         raise ValueError(f"`{parameter}` is {found!r}; a list of {what}{number} is needed")
