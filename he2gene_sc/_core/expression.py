@@ -115,7 +115,14 @@ def scale_problem(values: Any) -> str:
     are multiples of the smallest, which shows the base even if genes are missing. Whole numbers in nearly all spots were
     never normalised. Genes whose maxima are all 1 were scaled.
     """
-    totals = log_totals(values)
+    totals = np.zeros(values.shape[0])
+    for rows, block in blocks_of(values):
+        linear = block.astype(np.float64)
+        numbers = linear.data if scipy.sparse.issparse(linear) else linear
+        with np.errstate(over="ignore"):
+            np.expm1(numbers, out=numbers)
+        numbers[np.isnan(numbers)] = 0
+        totals[rows] = np.ravel(linear.sum(axis=1))
     totals = totals[totals > 0]
     if not len(totals):
         return ""
@@ -138,20 +145,6 @@ def count_totals(values: Any) -> np.ndarray:
     totals = np.zeros(values.shape[0])
     for rows, block in blocks_of(values):
         totals[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    return totals
-
-
-def log_totals(values: Any) -> np.ndarray:
-    """Return the sum of ``expm1`` over the genes of each spot, ``(n,)`` float64, without NaN."""
-    totals = np.zeros(values.shape[0])
-    for rows, block in blocks_of(values):
-        with np.errstate(over="ignore"):
-            if scipy.sparse.issparse(block):
-                linear = block.astype(np.float64)
-                linear.data = np.nan_to_num(np.expm1(linear.data))
-                totals[rows] = np.asarray(linear.sum(axis=1)).ravel()
-            else:
-                totals[rows] = np.nansum(np.expm1(np.asarray(block, np.float64)), axis=1)
     return totals
 
 

@@ -180,7 +180,7 @@ def resolve_mpp(sdata: SpatialData, slide: Slide, mpp: float | None, to_pixels: 
     """
     image_key, shapes_key, diameter_px = slide.image_key, slide.shapes_key, slide.diameter_px
     obs = None if slide.table_key is None else sdata[slide.table_key].obs.iloc[slide.rows]
-    lattice = None if obs is None else array_lattice(obs, slide.centres)
+    lattice = None if obs is None else array_lattice(obs, slide.centres)[0]
     assay = _bins(lattice, obs) or known_assay(slide.centres, diameter_px) or _visium_array(lattice, diameter_px)
     by_array = _visium_array(lattice)
 
@@ -268,40 +268,29 @@ def transformation_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) ->
     return f"spatialdata.transformations.set_transformation(sdata[{slide.shapes_key!r}], {target})"
 
 
-def _fit_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; return also the residuals ``(m, 2)``.
+def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; ``None`` if the spots do not lie on the array.
 
-    Spots without array positions are left out; at least 12 are needed, and half of all.
+    Return also whether array positions explain less than half of the variance of the spot centres. Spots without array
+    positions are left out; at least 12 are needed, and half of all.
     """
-    if not {"array_row", "array_col"} <= set(obs):
-        return None
-    columns = [
-        pd.to_numeric(obs[name], errors="coerce").to_numpy(float, na_value=np.nan)
-        for name in ("array_col", "array_row")
-    ]
+    names = ["array_col", "array_row"]
+    if not set(names) <= set(obs):
+        return None, False
+    columns = [pd.to_numeric(obs[name], errors="coerce").to_numpy(float, na_value=np.nan) for name in names]
     design = np.column_stack([*columns, np.ones(len(obs))])
     known = np.isfinite(design).all(axis=1)
     if known.sum() < max(12, len(obs) / 2):
-        return None
+        return None, False
     solution, _, rank, _ = np.linalg.lstsq(design[known], centres[known], rcond=None)
-    return (solution[:2].T, design[known] @ solution - centres[known]) if rank == 3 else None
-
-
-def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
-    """Return pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` if the spots do not lie on the array."""
-    found = _fit_array(obs, centres)
-    if found is None or np.sqrt(np.mean(found[1] ** 2)) >= 0.3 * np.linalg.norm(found[0], axis=0).min():
-        return None
-    return found[0]
-
-
-def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
-    """Whether array positions explain less than half of the variance of the spot centres."""
-    found = _fit_array(obs, centres)
+    lattice, residuals = solution[:2].T, design[known] @ solution - centres[known]
+    if rank < 3:
+        return None, False
+    if np.sqrt(np.mean(residuals**2)) < 0.3 * np.linalg.norm(lattice, axis=0).min():
+        return lattice, False
     # Repeated positions come from several arrays.
-    if found is None or obs.dropna(subset=["array_row", "array_col"]).duplicated(["array_row", "array_col"]).any():
-        return False
-    return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
+    repeated = obs.dropna(subset=names).duplicated(names).any()
+    return None, bool(not repeated and (residuals.var(axis=0) > centres.var(axis=0) / 2).all())
 
 
 def _bins(lattice: np.ndarray | None, obs: pd.DataFrame | None) -> tuple[float, str] | None:

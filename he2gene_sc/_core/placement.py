@@ -12,7 +12,7 @@ from ..stats import pitch_of
 from .images import darkness_at
 from .logs import warn
 from .matrix import subsample
-from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
+from .mpp import array_lattice, known_assay, transform_points, transformation_call
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -141,8 +141,8 @@ def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, dar
     if not slide.inside.any() or slide.table_key is None:
         return
     obs = sdata[slide.table_key].obs.iloc[slide.rows]
-    lattice = array_lattice(obs, slide.centres)
-    if lattice is None and is_scattered(obs, slide.centres):
+    lattice, scattered = array_lattice(obs, slide.centres)
+    if scattered:
         warn(
             f"`array_row` and `array_col` of table {slide.table_key!r} do not match the positions of the spots of "
             f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -187,18 +187,6 @@ class SpotData:
             block[:, columns[i] < 0] = 0
             yield where, block
 
-    def counts(self) -> Iterator[tuple[slice, Any, np.ndarray]]:
-        """Yield blocks of raw counts ``(b, n_vars)``, csr float64 without NaN, with the positions of their spots.
-
-        The third item has the column of each gene of ``genes`` ``(g,)``, -1 if the table does not list it.
-        """
-        columns = [find_genes(self.genes, table.var_names) for table in self.tables]
-        for i, where, table in self.chunks():
-            values = values_of(table, self.layer)
-            block = csr_array(values if issparse(values) else np.nan_to_num(values)).astype(np.float64)
-            block.data = np.nan_to_num(block.data)
-            yield where, block, columns[i]
-
     def sums(
         self,
         codes: np.ndarray,
@@ -229,16 +217,20 @@ class SpotData:
         """Return sums over the spots of each code, in one pass over the raw counts.
 
         ``(3, n, g)``: counts, their squares, counts times depth; ``(2, n)``: depth and its square. ``log_depth`` is per spot;
-        default: log of total counts.
+        default: log of total counts. NaN counts as 0, and so do genes that a table does not list.
         """
         sums = np.zeros((3, n, len(self.genes)))
         depth = np.zeros((2, n))
-        for where, block, columns in self.counts():
-            listed = np.flatnonzero(columns >= 0)
+        columns = [find_genes(self.genes, table.var_names) for table in self.tables]
+        for i, where, table in self.chunks():
+            values = values_of(table, self.layer)
+            block = csr_array(values if issparse(values) else np.nan_to_num(values)).astype(np.float64)
+            block.data = np.nan_to_num(block.data)
+            listed = np.flatnonzero(columns[i] >= 0)
             total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
             places = (codes[where], np.arange(len(total)))
             ones, totals = (csr_array((x, places), (n, len(total))) for x in (np.ones(len(total)), total))
-            y = block[:, columns[listed]]
+            y = block[:, columns[i][listed]]
             for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
                 out[:, listed] += part.toarray()
             depth += np.array([ones @ total, ones @ np.square(total)])
