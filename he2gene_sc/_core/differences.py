@@ -188,6 +188,8 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
 
     Without ``data``, compare only transformations and channel names.
     """
+    from spatialdata.models import get_axes_names
+
     found = Difference()
     if not data:
         pass
@@ -203,7 +205,11 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
     elif getattr(stored, "_name", None) != getattr(current, "_name", ()):
         _compare_rows(found, name, stored.compute(), current.compute())
     data_differ = bool(found)
-    _compare_transformations(found, stored, current)
+    ways = systems_of(stored), systems_of(current)
+    axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
+    for system in found.note("transformations", *ways):
+        if not np.array_equal(*(way[system].to_affine_matrix(axes, axes) for way in ways)):
+            found.altered.append(f"transformations[{system!r}]")
     if kind == "images" and channels(stored) != channels(current):
         found.altered.append("channel names")
     found.metadata_only = bool(found) and not data_differ
@@ -216,17 +222,6 @@ def _compare_rows(found: Difference, name: str, stored: Any, current: Any) -> No
         found.altered.append(f"index of {name}")
         _compare_names(found, name, stored.index.astype(str), current.index.astype(str))
     _compare_frame(found, name, stored, current)
-
-
-def _compare_transformations(found: Difference, stored: Any, current: Any) -> None:
-    """Compare the transformations of two elements to each coordinate system."""
-    from spatialdata.models import get_axes_names
-
-    before, now = systems_of(stored), systems_of(current)
-    axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
-    for name in found.note("transformations", before, now):
-        if not np.array_equal(*(way[name].to_affine_matrix(axes, axes) for way in (before, now))):
-            found.altered.append(f"transformations[{name!r}]")
 
 
 def channels(element: Any) -> list[str]:

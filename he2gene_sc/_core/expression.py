@@ -94,19 +94,6 @@ def summarize_values(values: Any) -> ValueSummary:
     return ValueSummary(**{name: int(count) for name, count in n.items()}, low=low, high=high)
 
 
-def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str) -> None:
-    if found.n_negative or found.high > MAX_LOG:
-        warn(
-            f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
-            "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit"
-        )
-    elif problem := scale_problem(values):
-        warn(
-            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
-            f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}"
-        )
-
-
 def scale_problem(values: Any) -> str:
     """Describe logarithms that are not natural ones of (1 + counts per 10,000); empty if they are or may be.
 
@@ -269,6 +256,14 @@ def check_scale(
             f"`{scale_parameter}` is 'log', but {where} looks like raw counts: whole numbers, up to {found.high:,.0f}; "
             f"pass {scale_parameter}='counts'"
         )
-    else:
-        _check_logs(values, found, where, parameter)
+    elif found.n_negative or found.high > MAX_LOG:
+        warn(
+            f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
+            "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit"
+        )
+    elif problem := scale_problem(values):
+        warn(
+            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
+            f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}"
+        )
     return kind

@@ -130,7 +130,9 @@ def check_spelling(
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
-            first, there = seen.setdefault(_fold_spelling(name, what in _PATIENTS), (name, place))
+            folded = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
+            folded = _JOINTS.sub("", folded) if what in _PATIENTS else folded
+            first, there = seen.setdefault(_LEADING_ZEROS.sub("", _BLANKS.sub("", folded)), (name, place))
             if first != name:
                 shown = [_format_occurrences(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
@@ -138,12 +140,6 @@ def check_spelling(
                     f"`{parameter}` {key!r}: the {what} {' and '.join(shown)} differ only in {_spelling_difference(first, name)}; "
                     f"{fix or f'spell them alike: {call}'}"
                 )
-
-
-def _fold_spelling(name: str, join: bool) -> str:
-    name = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
-    name = _JOINTS.sub("", name) if join else name
-    return _LEADING_ZEROS.sub("", _BLANKS.sub("", name))
 
 
 def _spelling_difference(first: str, second: str) -> str:

@@ -136,7 +136,8 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
 def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
     """Warn if array positions are mirrored against the pixels, unless the pixels confirm the placement.
 
-    ``darkness`` ``(n,)`` is that of the image at the ``chosen`` spots.
+    Without them, warn if there is much more tissue under the spots with x and y swapped. ``darkness`` ``(n,)`` is that of the
+    image at the ``chosen`` spots.
     """
     if not slide.inside.any() or slide.table_key is None:
         return
@@ -150,7 +151,13 @@ def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, dar
             "to another array, delete them"
         )
     if lattice is None or slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
-        _check_swap(sdata, slide, chosen, darkness)
+        then = _darkness(slide, transform_points(slide.centres[chosen], _SWAP))
+        both = np.isfinite(then)
+        if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * darkness[both].mean():
+            warn(
+                f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
+                f"are exchanged. If so, all spots are predicted from other tissue; correct it with {transformation_call(sdata, slide, _SWAP)}"
+            )
         return
     if np.linalg.det(lattice) >= 0:
         return
@@ -173,17 +180,6 @@ def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, dar
         f"all spots are predicted from other tissue; correct it with {call}. Ignore this "
         "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns"
     )
-
-
-def _check_swap(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
-    """Warn if there is much more tissue under the spots with x and y swapped."""
-    then = _darkness(slide, transform_points(slide.centres[chosen], _SWAP))
-    both = np.isfinite(then)
-    if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * darkness[both].mean():
-        warn(
-            f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
-            f"are exchanged. If so, all spots are predicted from other tissue; correct it with {transformation_call(sdata, slide, _SWAP)}"
-        )
 
 
 def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None:

@@ -78,47 +78,39 @@ def resolve(
     stated = mpp if isinstance(mpp, Mapping) else dict.fromkeys(regions, mpp)
     if unnamed := [region for region in regions if region not in stated]:
         raise ValueError(f"`mpp` names no value for shapes {unnamed}, it has {sorted(stated)}")
-    return tuple(_resolve_one(sdata, key, table_key, image_key, coordinate_system, stated[key]) for key in regions)
-
-
-def _resolve_one(
-    sdata: SpatialData,
-    shapes_key: str,
-    table_key: str | None,
-    image_key: str | Mapping[str, str] | None,
-    coordinate_system: str | None,
-    mpp: float | None,
-) -> Slide:
-    spots = spots_of_element(sdata, shapes_key)
-    image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
-    spot_ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
-    # Labels that the table does not list are not spots.
-    order = spots.ids.get_indexer(spot_ids)
-    spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
-    system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
-    centres = transform_points(spots.centres, to_pixels)
-    diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
-    pyramid = pyramid_of(sdata, image_key)
-    # In pixels, until µm per pixel are known.
-    slide = Slide(
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=system,
-        pyramid=pyramid,
-        pixel_factor=1.0,
-        mpp=1.0,
-        mpp_source="",
-        spot_ids=spot_ids,
-        rows=rows,
-        centres=centres,
-        inside=(centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height),
-        diameter_um=diameter_px,
-    )
-    found, source = resolve_mpp(sdata, slide, mpp, to_pixels)
-    slide = replace(slide, mpp=found, mpp_source=source, diameter_um=float(diameter_px * found))
-    _check_size(sdata, slide, diameter_px)
-    return replace(slide, pixel_factor=check_image(pyramid, image_key, centres[slide.inside]))
+    slides = []
+    for key in regions:
+        spots = spots_of_element(sdata, key)
+        image = find_image(sdata, key, image_key, coordinate_system, spots)
+        spot_ids, rows = match_rows(sdata, spots.ids, key, table_key)
+        # Labels that the table does not list are not spots.
+        order = spots.ids.get_indexer(spot_ids)
+        spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
+        system, to_pixels = spots_to_pixels(sdata, image, key, coordinate_system, spots)
+        centres = transform_points(spots.centres, to_pixels)
+        diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
+        pyramid = pyramid_of(sdata, image)
+        # In pixels, until µm per pixel are known.
+        slide = Slide(
+            image_key=image,
+            shapes_key=key,
+            table_key=table_key,
+            coordinate_system=system,
+            pyramid=pyramid,
+            pixel_factor=1.0,
+            mpp=1.0,
+            mpp_source="",
+            spot_ids=spot_ids,
+            rows=rows,
+            centres=centres,
+            inside=(centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height),
+            diameter_um=diameter_px,
+        )
+        found, source = resolve_mpp(sdata, slide, stated[key], to_pixels)
+        slide = replace(slide, mpp=found, mpp_source=source, diameter_um=float(diameter_px * found))
+        _check_size(sdata, slide, diameter_px)
+        slides.append(replace(slide, pixel_factor=check_image(pyramid, image, centres[slide.inside])))
+    return tuple(slides)
 
 
 def _check_size(sdata: SpatialData, slide: Slide, diameter_px: float) -> None:

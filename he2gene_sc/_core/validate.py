@@ -187,8 +187,8 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given = {**given, **given.get(name, {})}
-    for name, check in _checks(function).items():
-        if name in given:
+    for name, check, is_optional in _checks(function):
+        if name in given and not (is_optional and given[name] is None):
             check(given[name], name)
     for value in given.values():
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
@@ -224,20 +224,21 @@ class Checked:
 
 
 @functools.cache
-def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]]:
-    found = {name: _check_of(parameter) for name, parameter in parameters(function).items()}
-    return {name: check for name, check in found.items() if check is not None}
+def _checks(function: Callable[..., Any]) -> list[tuple[str, Callable[[Any, str], Any], bool]]:
+    """Return the parameters that have a check by their annotation, the check, and whether ``None`` is valid."""
+    found = []
+    for name, parameter in parameters(function).items():
+        text = inspect.formatannotation(parameter.annotation)
+        kinds = {kind.strip(" '").partition("[")[0] for kind in text.split("|")}
+        check = _check_seed if name == "seed" else _CHECKS.get(frozenset(kinds - {"None"}))
+        if check is not None:
+            found.append((name, check, "None" in kinds))
+    return found
 
 
-def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
-    if parameter.name == "seed":
-        # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
-        return lambda value, name: whole_number(value, name, 0, 2**31 - 1)
-    kinds = {kind.strip(" '").partition("[")[0] for kind in inspect.formatannotation(parameter.annotation).split("|")}
-    check = _CHECKS.get(frozenset(kinds - {"None"}))
-    if check is None or "None" not in kinds:
-        return check
-    return lambda value, name: value if value is None else check(value, name)
+def _check_seed(value: Any, parameter: str) -> int:
+    # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
+    return whole_number(value, parameter, 0, 2**31 - 1)
 
 
 def _is_real(value: object) -> bool:
