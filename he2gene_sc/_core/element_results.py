@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .elements import he2gene_attrs
 from .keys import ATTRS, check_key
 from .signatures import element_digest, is_element_unchanged
-from .stores import KINDS
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -23,7 +22,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str) -> N
     """Raise, before any work, if an element of this name exists that ``verb`` did not write."""
     check_key(name, "key_added")
     facts = he2gene_attrs(sdata)
-    for other_kind, other in element_names(sdata):
+    for other_kind, other, _ in sdata.gen_elements():
         if other.lower() != name.lower():
             continue
         where = f"`key_added`: {other_kind}[{other!r}] exists"
@@ -73,11 +72,6 @@ def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> 
         sdata.attrs.clear()
         sdata.attrs.update(attrs)
         raise
-
-
-def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
-    """Return kind and name of every element, tables included."""
-    return [(kind, name) for kind in KINDS for name in getattr(sdata, kind)]
 
 
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:

@@ -242,18 +242,12 @@ def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[st
         old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
         new = record[fact] if isinstance(record[fact], Mapping) else {regions[0]: record[fact]}
         merged[fact] = {region: old[region] for region in kept if region in old} | new
-    earlier = {region: _facts_of_region(before, region) for region in kept}
-    return merged | pool_regions(earlier | record["regions"])
-
-
-def _facts_of_region(record: Mapping[str, Any], region: str) -> Mapping[str, Any]:
-    """Return the facts of a region in a record; those of the whole record, without counts, if it has none by region."""
-    if region in (regions := record.get("regions", {})):
-        return regions[region]
-    facts: dict[str, Any] = {name: record[name] for name in ("verdict", "known_patient") if name in record}
+    # Regions without facts of their own have those of the whole record, without counts.
+    facts: dict[str, Any] = {name: before[name] for name in ("verdict", "known_patient") if name in before}
     if facts.get("verdict") in ("out of distribution", "no tissue"):
         facts["reasons"] = [f"{facts['verdict']} (predicted by an earlier version; predict again for the reasons)"]
-    return facts
+    earlier = {region: dict(before.get("regions", {}).get(region, facts)) for region in kept}
+    return merged | pool_regions(earlier | record["regions"])
 
 
 def pool_regions(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .element_results import element_names, replaced_element
+from .element_results import replaced_element
 from .fill import StackedPredictions, check_fillable, fill_table
 from .keys import ALIGNED, INSTANCE, OWN_TABLE, REGION, SLOTS, SPATIAL, TABLE, Keys
 from .lazy import is_large
@@ -74,7 +74,7 @@ def check_place(sdata: SpatialData, name: str) -> None:
             f"shapes are {sorted(sdata.shapes)}. Link it with sdata.set_table_annotates_spatialelement({name!r}, "
             "region=..., region_key=..., instance_key=...), or rename it if it belongs to other shapes"
         )
-    if name.lower() in [other.lower() for _, other in element_names(sdata)]:
+    if name.lower() in [other.lower() for _, other, _ in sdata.gen_elements()]:
         raise ValueError(f"`key_added`: the new table would be named {name!r}, which is taken; choose another key")
 
 

@@ -100,20 +100,17 @@ def _update(digest: Any, value: Any) -> None:
     elif hasattr(value, "shape") and len(value.shape) and getattr(value.dtype, "kind", "O") in "fiub":
         _update_array(digest, value)
     elif isinstance(value, list | tuple):
-        _update(digest, _as_array(value))
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of several lengths
+            array = np.asarray([repr(part) for part in value])
+        _update(digest, array)
     elif isinstance(value, np.ndarray) and value.ndim:
         _update_texts(digest, value.ravel())
     elif isinstance(value, bool | int | float | np.number | np.bool_):
         _update_array(digest, np.array([value], float))
     else:
         digest.update(f"{value}\0".encode())
-
-
-def _as_array(values: list | tuple) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError:  # lists of several lengths
-        return np.asarray([repr(value) for value in values])
 
 
 def _update_texts(digest: Any, values: Any) -> None:
