@@ -200,10 +200,12 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
             for a, b in zip(before, now, strict=True)
         ):
             found.altered.append("pixels")
-    elif kind == "shapes":
-        _compare_rows(found, name, stored.to_wkb(), current.to_wkb())
-    elif getattr(stored, "_name", None) != getattr(current, "_name", ()):
-        _compare_rows(found, name, stored.compute(), current.compute())
+    elif kind == "shapes" or getattr(stored, "_name", None) != getattr(current, "_name", ()):
+        before, now = (side.to_wkb() if kind == "shapes" else side.compute() for side in (stored, current))
+        if not same_column(before.index.to_series(), now.index.to_series()):
+            found.altered.append(f"index of {name}")
+            _compare_names(found, name, before.index.astype(str), now.index.astype(str))
+        _compare_frame(found, name, before, now)
     data_differ = bool(found)
     ways = systems_of(stored), systems_of(current)
     axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
@@ -214,14 +216,6 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
         found.altered.append("channel names")
     found.metadata_only = bool(found) and not data_differ
     return found
-
-
-def _compare_rows(found: Difference, name: str, stored: Any, current: Any) -> None:
-    """Compare shapes or points, row by row and column by column."""
-    if not same_column(stored.index.to_series(), current.index.to_series()):
-        found.altered.append(f"index of {name}")
-        _compare_names(found, name, stored.index.astype(str), current.index.astype(str))
-    _compare_frame(found, name, stored, current)
 
 
 def channels(element: Any) -> list[str]:
