@@ -8,11 +8,6 @@ from pathlib import Path
 from typing import Any
 
 
-def _default_data_dir() -> Path | None:
-    value = os.environ.get("HE2GENE_DATA_DIR")
-    return Path(value).expanduser() if value else None
-
-
 @dataclass
 class Settings:
     """Session-wide settings, available as ``hg.settings``.
@@ -63,7 +58,8 @@ class Settings:
 
     def resolved_data_dir(self) -> Path | None:
         """Return the folder that holds local data, or ``None`` if neither the setting nor the variable is set."""
-        return Path(self.data_dir).expanduser() if self.data_dir is not None else _default_data_dir()
+        value = self.data_dir or os.environ.get("HE2GENE_DATA_DIR")
+        return Path(value).expanduser() if value else None
 
 
 settings = Settings()

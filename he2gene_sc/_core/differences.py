@@ -14,7 +14,7 @@ import numpy as np
 from . import logs
 from .equality import is_same_value, same_array, same_column
 from .keys import MAPPINGS
-from .rasters import entries_of, levels
+from .rasters import entries_of, levels, systems_of
 from .sources import folder_of, sources
 
 if TYPE_CHECKING:
@@ -99,16 +99,12 @@ def table_difference(path: Path, table: AnnData) -> Difference:
             # Before version 0.8, anndata stored categories separately from their column.
             if stored.equals(current) and group[axis].attrs.get("encoding-version") == "0.2.0":
                 found.kept += [f"{axis}/{key}" for key in equal if "/" not in key and key != names.name]
-        parts: Any = (("X", table.X, _is_same_array), ("raw", table.raw, partial(_is_same_raw, found)))
-        for part, value, is_same in parts:
-            there = group.get(part)
-            there = None if there is not None and there.attrs.get("encoding-type") == "null" else there
-            if there is not None and value is not None:
-                (found.kept if is_same(there, value) else found.altered).append(part)
-            elif there is not None:
-                found.lost.append(part)
-            elif value is not None:
-                found.added.append(part)
+        for part, value, is_same in (("X", table.X, _is_same_array), ("raw", table.raw, partial(_is_same_raw, found))):
+            in_store = part in group and group[part].attrs.get("encoding-type") != "null"
+            if in_store and value is not None:
+                (found.kept if is_same(group[part], value) else found.altered).append(part)
+            elif in_store or value is not None:
+                (found.lost if in_store else found.added).append(part)
         _compare_mapping(found, "uns", uns, table.uns)
         for slot in MAPPINGS:
             current = entries_of(table, slot)
@@ -192,58 +188,40 @@ def spatial_difference(kind: str, name: str, stored: Any, current: Any, *, data:
 
     Without ``data``, compare only transformations and channel names.
     """
+    from spatialdata.models import get_axes_names
+
     found = Difference()
     if not data:
         pass
     elif kind in ("images", "labels"):
-        if not _same_raster(stored, current):
+        before, now = levels(stored), levels(current)
+        if len(before) != len(now) or not all(
+            a.dims == b.dims and a.shape == b.shape and a.dtype == b.dtype and _same_pixels(a.data, b.data)
+            for a, b in zip(before, now, strict=True)
+        ):
             found.altered.append("pixels")
-    elif kind == "shapes":
-        _compare_rows(found, name, stored.to_wkb(), current.to_wkb())
-    elif getattr(stored, "_name", None) != getattr(current, "_name", ()):
-        _compare_rows(found, name, stored.compute(), current.compute())
+    elif kind == "shapes" or getattr(stored, "_name", None) != getattr(current, "_name", ()):
+        before, now = (side.to_wkb() if kind == "shapes" else side.compute() for side in (stored, current))
+        if not same_column(before.index.to_series(), now.index.to_series()):
+            found.altered.append(f"index of {name}")
+            _compare_names(found, name, before.index.astype(str), now.index.astype(str))
+        _compare_frame(found, name, before, now)
     data_differ = bool(found)
-    _compare_transformations(found, stored, current)
+    ways = systems_of(stored), systems_of(current)
+    axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
+    for system in found.note("transformations", *ways):
+        if not np.array_equal(*(way[system].to_affine_matrix(axes, axes) for way in ways)):
+            found.altered.append(f"transformations[{system!r}]")
     if kind == "images" and channels(stored) != channels(current):
         found.altered.append("channel names")
     found.metadata_only = bool(found) and not data_differ
     return found
 
 
-def _compare_rows(found: Difference, name: str, stored: Any, current: Any) -> None:
-    """Compare shapes or points, row by row and column by column."""
-    if not same_column(stored.index.to_series(), current.index.to_series()):
-        found.altered.append(f"index of {name}")
-        _compare_names(found, name, stored.index.astype(str), current.index.astype(str))
-    _compare_frame(found, name, stored, current)
-
-
-def _compare_transformations(found: Difference, stored: Any, current: Any) -> None:
-    """Compare the transformations of two elements to each coordinate system."""
-    from spatialdata.models import get_axes_names
-    from spatialdata.transformations import get_transformation
-
-    before, now = (get_transformation(element, get_all=True) for element in (stored, current))
-    axes = tuple(axis for axis in get_axes_names(current) if axis != "c")
-    for name in found.note("transformations", before, now):
-        if not np.array_equal(*(way[name].to_affine_matrix(axes, axes) for way in (before, now))):
-            found.altered.append(f"transformations[{name!r}]")
-
-
 def channels(element: Any) -> list[str]:
     """Return the channel names of an image."""
     first = levels(element)[0]
     return [str(name) for name in first.coords["c"].values] if "c" in first.coords else []
-
-
-def _same_raster(stored: Any, current: Any) -> bool:
-    before, now = levels(stored), levels(current)
-    if len(before) != len(now):
-        return False
-    return all(
-        a.dims == b.dims and a.shape == b.shape and a.dtype == b.dtype and _same_pixels(a.data, b.data)
-        for a, b in zip(before, now, strict=True)
-    )
 
 
 def _same_pixels(stored: Any, current: Any) -> bool:

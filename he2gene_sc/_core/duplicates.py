@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..stats import spearman
-from .matrix import dense, values_of
+from .logs import warn
+from .matrix import dense, subsample, values_of
 
 if TYPE_CHECKING:
     from .spots import SpotData
@@ -91,12 +91,9 @@ def check_duplicate_sections(pooled: SpotData) -> None:
                 )
 
 
-def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None, stacklevel: int = 3) -> None:
+def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None) -> None:
     """Warn if a predicted layer ``(n, g)`` is a copy of the measured values, on the same scale or another."""
-    rows, genes = (
-        np.linspace(0, n - 1, min(n, most)).astype(int)
-        for n, most in zip(predicted.shape, (_SPOTS, _GENES), strict=True)
-    )
+    rows, genes = (subsample(np.arange(n), most) for n, most in zip(predicted.shape, (_SPOTS, _GENES), strict=True))
     pair = [values[np.ix_(rows, genes)] for values in (predicted, measured)]
     there = np.isfinite(pair[0]).any(axis=1) & np.isfinite(pair[1]).any(axis=1)
     if there.sum() < _MIN_GENES:
@@ -104,20 +101,18 @@ def warn_of_copy(predicted: np.ndarray, measured: np.ndarray, layer: str | None,
     r = spearman(pair[0][there], pair[1][there])
     r = r[np.isfinite(r)]
     if len(r) and (r > _COPY_R).mean() > 0.5:
-        warnings.warn(
+        warn(
             f"`layer` {layer!r} is a copy of the measured values, not a prediction: agreement, intervals and reliability "
-            "computed with it hold for no model; name the predicted layer",
-            stacklevel=stacklevel,
+            "computed with it hold for no model; name the predicted layer"
         )
 
 
-def warn_of_copied_spots(predicted: SpotData, measured: SpotData, stacklevel: int) -> None:
+def warn_of_copied_spots(predicted: SpotData, measured: SpotData) -> None:
     """Warn if the predicted layer is a copy of the values measured at the same spots."""
-    n = len(predicted.labels)
-    chosen = np.zeros(n, bool)
-    chosen[np.linspace(0, n - 1, min(n, _SPOTS)).astype(int)] = True
-    genes = predicted.genes[np.linspace(0, len(predicted.genes) - 1, min(len(predicted.genes), _GENES)).astype(int)]
-    warn_of_copy(predicted.values(chosen, genes), measured.values(chosen, genes), predicted.layer, stacklevel + 1)
+    chosen = np.zeros(len(predicted.labels), bool)
+    chosen[subsample(np.arange(len(chosen)), _SPOTS)] = True
+    genes = subsample(predicted.genes, _GENES)
+    warn_of_copy(predicted.values(chosen, genes), measured.values(chosen, genes), predicted.layer)
 
 
 def _fingerprints(pooled: SpotData, genes: pd.Index) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from .elements import he2gene_attrs
 from .keys import ATTRS, check_key
 from .signatures import element_digest, is_element_unchanged
-from .stores import KINDS
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -23,7 +22,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str) -> N
     """Raise, before any work, if an element of this name exists that ``verb`` did not write."""
     check_key(name, "key_added")
     facts = he2gene_attrs(sdata)
-    for other_kind, other in element_names(sdata):
+    for other_kind, other, _ in sdata.gen_elements():
         if other.lower() != name.lower():
             continue
         where = f"`key_added`: {other_kind}[{other!r}] exists"
@@ -36,7 +35,7 @@ def check_element_free(sdata: SpatialData, verb: str, kind: str, name: str) -> N
                 f"{where} and was not written by {verb}; choose another name, or delete it first: del "
                 f"sdata.{other_kind}[{name!r}]"
             )
-        if name in written and not is_element_unchanged(sdata, kind, name, written[name]):
+        if name in written and not is_element_unchanged(getattr(sdata, kind)[name], written[name]):
             raise ValueError(
                 f"{where} and was changed after {verb} wrote it; keep it under another name, or delete it first: del "
                 f"sdata.{kind}[{name!r}]"
@@ -75,15 +74,10 @@ def replaced_element(sdata: SpatialData, kind: str, name: str, element: Any) -> 
         raise
 
 
-def element_names(sdata: SpatialData) -> list[tuple[str, str]]:
-    """Return kind and name of every element, tables included."""
-    return [(kind, name) for kind in KINDS for name in getattr(sdata, kind)]
-
-
 def is_as_written(attrs: Mapping[str, Any], kind: str, name: str, element: Any) -> bool:
     """Whether labels or shapes are unchanged since one of our functions wrote them, by the record in ``attrs``."""
     written = attrs.get(ATTRS, {}).get(_WRITTEN, {}).get(kind, {})
-    return name in written and element_digest(element) == written[name]
+    return name in written and is_element_unchanged(element, written[name])
 
 
 def copy_tables(sdata: SpatialData) -> SpatialData:

@@ -19,7 +19,6 @@ from .validate import format_list
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
 
@@ -94,13 +93,8 @@ def find_table(sdata: SpatialData, table_key: str | None = None, shapes_key: str
                 f"{sorted(sdata.shapes) + sorted(sdata.labels)}"
             )
         return table_key
-    found = [
-        key
-        for key, table in sdata.tables.items()
-        if OWN_TABLE not in table.uns
-        and (regions := regions_of(table, sdata))
-        and (shapes_key is None or shapes_key in regions)
-    ]
+    measured = {key: regions_of(table, sdata) for key, table in sdata.tables.items() if OWN_TABLE not in table.uns}
+    found = [key for key, regions in measured.items() if regions and shapes_key in (None, *regions)]
     validate.not_ambiguous(found, "table_key")
     return found[0] if found else None
 
@@ -115,22 +109,23 @@ def regions_of(table: AnnData, sdata: SpatialData) -> list[str]:
 def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> list[str]:
     """Return the elements that hold the spots: named, annotated by the table, or the only circles, polygons or labels.
 
-    Tiles that we wrote are not candidates.
+    Tiles and tissue masks that we wrote are not candidates.
     """
+    regions = [] if table_key is None else regions_of(sdata[table_key], sdata)
+    if shapes_key is None and table_key is not None:
+        return regions
+    written = he2gene_attrs(sdata).get("written", {})
+    masks = {f"{image}_tissue" for image in sdata.images} | set(written.get("labels", {}))
+    cells = [key for key in sdata.labels if key not in masks]
     if shapes_key is not None:
         if shapes_key not in sdata.labels:
-            validate.existing_key(shapes_key, [*sdata.shapes, *_cells(sdata)], "shapes_key")
-        if table_key is not None and shapes_key not in regions_of(sdata[table_key], sdata):
-            raise ValueError(
-                f"`table_key` {table_key!r} annotates {regions_of(sdata[table_key], sdata)}, not `shapes_key` {shapes_key!r}"
-            )
+            validate.existing_key(shapes_key, [*sdata.shapes, *cells], "shapes_key")
+        if table_key is not None and shapes_key not in regions:
+            raise ValueError(f"`table_key` {table_key!r} annotates {regions}, not `shapes_key` {shapes_key!r}")
         return [shapes_key]
-    if table_key is not None:
-        return regions_of(sdata[table_key], sdata)
     circles = [key for key, element in sdata.shapes.items() if "radius" in element.columns]
-    tiles = he2gene_attrs(sdata).get("written", {}).get("shapes", {})
-    polygons = [key for key in sdata.shapes if key not in circles and key not in tiles]
-    found = circles or polygons or _cells(sdata)
+    polygons = [key for key in sdata.shapes if key not in circles and key not in written.get("shapes", {})]
+    found = circles or polygons or cells
     if not found:
         raise ValueError(
             "`sdata` has no spots (circles or polygons in sdata.shapes, or labels of cells); make pseudo-spots with "
@@ -138,13 +133,6 @@ def find_shapes(sdata: SpatialData, shapes_key: str | None, table_key: str | Non
         )
     validate.not_ambiguous(found, "shapes_key")
     return found
-
-
-def _cells(sdata: SpatialData) -> list[str]:
-    """Return labels that are not tissue masks of :func:`he2gene_sc.pp.tissue`."""
-    written = he2gene_attrs(sdata).get("written", {}).get("labels", {})
-    masks = {f"{image}_tissue" for image in sdata.images} | set(written)
-    return [key for key in sdata.labels if key not in masks]
 
 
 def spot_element(sdata: SpatialData, shapes_key: str) -> Any:
@@ -190,7 +178,11 @@ def check_files(place: str, element: Any) -> None:
 def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
     """Return ids, centres and diameters of the spots of an element."""
     if shapes_key in sdata.shapes:
-        spots = _spots_of_shapes(sdata.shapes[shapes_key])
+        shapes = sdata.shapes[shapes_key]
+        points = shapes.geometry.centroid
+        round_spots = "radius" in shapes.columns
+        sizes = 2 * shapes["radius"].to_numpy(float) if round_spots else np.sqrt(shapes.geometry.area.to_numpy(float))
+        spots = Spots(shapes.index, np.column_stack([points.x, points.y]).astype(float), sizes)
     else:
         check_files(f"labels[{shapes_key!r}]", sdata.labels[shapes_key])
         spots = _spots_of_labels(sdata.labels[shapes_key])
@@ -210,14 +202,6 @@ def spots_of_element(sdata: SpatialData, shapes_key: str) -> Spots:
     if not (np.isfinite(diameter) and diameter > 0):
         raise ValueError(f"`shapes_key` {shapes_key!r}: the spots have a diameter of {diameter}; circles are needed")
     return spots
-
-
-def _spots_of_shapes(shapes: GeoDataFrame) -> Spots:
-    points = shapes.geometry.centroid
-    centres = np.column_stack([points.x, points.y]).astype(float)
-    if "radius" in shapes.columns:
-        return Spots(shapes.index, centres, 2 * shapes["radius"].to_numpy(dtype=float))
-    return Spots(shapes.index, centres, np.sqrt(shapes.geometry.area.to_numpy(dtype=float)))
 
 
 def _spots_of_labels(element: Any) -> Spots:

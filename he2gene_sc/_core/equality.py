@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,15 @@ def _is_same(a: Any, b: Any) -> bool:
         both = isinstance(a, Mapping) and isinstance(b, Mapping)
         return both and set(map(str, a)) == set(map(str, b)) and all(is_same_value(a[key], b[key]) for key in a)
     if isinstance(a, pd.DataFrame) or isinstance(b, pd.DataFrame):
-        return type(a) is type(b) and _same_frame(a, b)
+        if type(a) is not type(b) or list(a.columns) != list(b.columns) or a.index.name != b.index.name:
+            return False
+        columns = ((a[name], b[name]) for name in a.columns)
+        return all(same_column(*pair) for pair in ((a.index.to_series(), b.index.to_series()), *columns))
     if hasattr(a, "tocsr") or hasattr(b, "tocsr"):
-        return _same_sparse(a, b)
+        if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        same_places = all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("indptr", "indices"))
+        return same_places and np.array_equal(a.data, b.data, equal_nan=a.dtype.kind in "fc")
     if isinstance(a, str | bytes) or isinstance(b, str | bytes):
         return any(isinstance(a, kind) and isinstance(b, kind) for kind in (str, bytes)) and a == b
     if hasattr(a, "dask") or hasattr(b, "dask"):
@@ -54,20 +60,6 @@ def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype != b.dtype:
         return False
     return np.array_equal(a, b, equal_nan=a.dtype.kind in "fcmM")
-
-
-def _same_sparse(a: Any, b: Any) -> bool:
-    if type(a) is not type(b) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("indptr", "indices")) and (
-        np.array_equal(a.data, b.data, equal_nan=a.dtype.kind in "fc")
-    )
-
-
-def _same_frame(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    if list(a.columns) != list(b.columns) or not same_column(a.index.to_series(), b.index.to_series()):
-        return False
-    return a.index.name == b.index.name and all(same_column(a[name], b[name]) for name in a.columns)
 
 
 def same_column(a: pd.Series, b: pd.Series) -> bool:
@@ -108,17 +100,9 @@ def same_array(stored: Any, value: Any) -> bool:
         return is_same_value(np.asarray(stored[...]), np.asarray(value))
     if stored.dtype != value.dtype:
         return False
-    return all(
-        np.array_equal(stored[rows], np.asarray(value[rows]), equal_nan=stored.dtype.kind in "fc")
-        for rows in _blocks(stored, value)
-    )
-
-
-def _blocks(stored: Any, value: Any) -> Iterator[Any]:
-    if not stored.shape or not value.size:
-        yield Ellipsis
-        return
     # Blocks are whole chunks, so that each chunk is read once.
-    step = stored.chunks[0] * max(1, _BLOCK // max(1, stored.chunks[0] * value.nbytes // value.shape[0]))
-    for first in range(0, value.shape[0], step):
-        yield slice(first, first + step)
+    chunk = max(1, stored.chunks[0])
+    step = chunk * max(1, _BLOCK // max(1, chunk * value.nbytes // max(1, value.shape[0])))
+    blocks = (slice(first, first + step) for first in range(0, value.shape[0], step))
+    equal_nan = stored.dtype.kind in "fc"
+    return all(np.array_equal(stored[rows], np.asarray(value[rows]), equal_nan=equal_nan) for rows in blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +12,7 @@ import scipy.sparse
 
 from ..stats import TARGET_SUM
 from . import validate
+from .logs import warn
 from .matrix import blocks_of, dense, layer_label, matrix_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class ValueSummary:
 
 def summarize_values(values: Any) -> ValueSummary:
     """Summarise all values of a matrix, by blocks of rows."""
-    counts = np.zeros(6, np.int64)
+    n: Counter[str] = Counter()
     low, high = np.inf, -np.inf
     for _, block in blocks_of(values):
         numbers = block
@@ -78,53 +79,19 @@ def summarize_values(values: Any) -> ValueSummary:
         finite = np.isfinite(numbers)
         if not finite.all():
             nan = np.isnan(numbers)
-            n_partly, n_fully = _count_nan_spots(block, nan)
-            counts[:4] += nan.sum(), n_partly, n_fully, (~finite & ~nan).sum()
+            row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr)) if nan.ndim == 1 else None
+            of_spot = nan.sum(axis=1) if row is None else np.bincount(row[nan], minlength=block.shape[0])
+            n["n_nan"] += nan.sum()
+            n["n_nan_spots"] += (of_spot > 0).sum()
+            n["n_empty_spots"] += (of_spot == block.shape[1]).sum()
+            n["n_infinite"] += (~finite & ~nan).sum()
             numbers = numbers[finite]
         if numbers.size:
             low, high = min(low, float(numbers.min())), max(high, float(numbers.max()))
-            counts[4] += (numbers < 0).sum() if low < 0 else 0
-            counts[5] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
-    bounds = (low, high) if np.isfinite(high) else (0.0, 0.0)
-    n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions = counts.tolist()
-    return ValueSummary(n_nan, n_nan_spots, n_empty, n_infinite, n_negative, n_fractions, *bounds)
-
-
-def _count_nan_spots(block: Any, nan: np.ndarray) -> tuple[int, int]:
-    """Count spots with NaN for some gene, and spots with NaN for all genes."""
-    if scipy.sparse.issparse(block):
-        row = np.repeat(np.arange(block.shape[0]), np.diff(block.indptr))
-        found = np.bincount(row[nan], minlength=block.shape[0])
-    else:
-        found = nan.sum(axis=1)
-    return int((found > 0).sum()), int((found == block.shape[1]).sum())
-
-
-def _check_counts(found: ValueSummary, where: str, parameter: str, unmeasured_spots: bool) -> None:
-    partly = found.n_nan_spots - found.n_empty_spots
-    if partly or (found.n_nan and not unmeasured_spots):
-        raise ValueError(
-            f"`{parameter}`: {where} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is unknown, so "
-            "counts cannot be normalised; remove these spots or genes, or set counts that were not detected to 0"
-        )
-    if not found.high > 0:
-        raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; counts are needed")
-
-
-def _check_logs(values: Any, found: ValueSummary, where: str, parameter: str, stacklevel: int) -> None:
-    if found.n_negative or found.high > MAX_LOG:
-        warnings.warn(
-            f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
-            "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit",
-            stacklevel=stacklevel,
-        )
-        return
-    if problem := scale_problem(values):
-        warnings.warn(
-            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
-            f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}",
-            stacklevel=stacklevel,
-        )
+            n["n_negative"] += (numbers < 0).sum() if low < 0 else 0
+            n["n_fractions"] += (numbers % 1 != 0).sum() if numbers.dtype.kind == "f" else 0
+    low, high = (low, high) if np.isfinite(high) else (0.0, 0.0)
+    return ValueSummary(**{name: int(count) for name, count in n.items()}, low=low, high=high)
 
 
 def scale_problem(values: Any) -> str:
@@ -135,7 +102,14 @@ def scale_problem(values: Any) -> str:
     are multiples of the smallest, which shows the base even if genes are missing. Whole numbers in nearly all spots were
     never normalised. Genes whose maxima are all 1 were scaled.
     """
-    totals = log_totals(values)
+    totals = np.zeros(values.shape[0])
+    for rows, block in blocks_of(values):
+        linear = block.astype(np.float64)
+        numbers = linear.data if scipy.sparse.issparse(linear) else linear
+        with np.errstate(over="ignore"):
+            np.expm1(numbers, out=numbers)
+        numbers[np.isnan(numbers)] = 0
+        totals[rows] = np.ravel(linear.sum(axis=1))
     totals = totals[totals > 0]
     if not len(totals):
         return ""
@@ -158,20 +132,6 @@ def count_totals(values: Any) -> np.ndarray:
     totals = np.zeros(values.shape[0])
     for rows, block in blocks_of(values):
         totals[rows] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    return totals
-
-
-def log_totals(values: Any) -> np.ndarray:
-    """Return the sum of ``expm1`` over the genes of each spot, ``(n,)`` float64, without NaN."""
-    totals = np.zeros(values.shape[0])
-    for rows, block in blocks_of(values):
-        with np.errstate(over="ignore"):
-            if scipy.sparse.issparse(block):
-                linear = block.astype(np.float64)
-                linear.data = np.nan_to_num(np.expm1(linear.data))
-                totals[rows] = np.asarray(linear.sum(axis=1)).ravel()
-            else:
-                totals[rows] = np.nansum(np.expm1(np.asarray(block, np.float64)), axis=1)
     return totals
 
 
@@ -247,9 +207,7 @@ def log_expression(
 
     Counts are normalised by the totals of all columns, not only of ``genes``. For the other parameters see :func:`check_scale`.
     """
-    kind = check_scale(
-        table, layer, scale, expected, parameter, predicted=predicted, unmeasured_spots=unmeasured_spots, stacklevel=5
-    )
+    kind = check_scale(table, layer, scale, expected, parameter, predicted=predicted, unmeasured_spots=unmeasured_spots)
     return as_logs(matrix_of(table, layer, parameter), kind, genes)
 
 
@@ -262,7 +220,6 @@ def check_scale(
     *,
     predicted: bool = False,
     unmeasured_spots: bool = False,
-    stacklevel: int = 4,
 ) -> Literal["counts", "log"]:
     """Return whether a matrix holds counts or logarithms; raise if its values are not valid.
 
@@ -276,7 +233,7 @@ def check_scale(
     if found.n_infinite:
         raise ValueError(f"`{parameter}`: {where} holds {found.n_infinite} infinite value(s); finite ones are needed")
     if scale == "auto" and found.kind != expected and not (predicted and found.high == 0):
-        stated = f"{scale_parameter}={found.kind!r}" if found.kind != "other" else f"{scale_parameter}='log'"
+        stated = f"{scale_parameter}={'log' if found.kind == 'other' else found.kind!r}"
         raise ValueError(
             f"`{parameter}`: {where} looks like {_KIND_WORDS[found.kind]}, {_EXPECTED_WORDS[expected]} are expected; name a "
             f"{_LAYER_WORDS[expected]}, or pass {stated} to use the values as they are"
@@ -284,13 +241,29 @@ def check_scale(
     if scale == "counts" and found.kind != "counts":
         raise ValueError(f"`{scale_parameter}` is 'counts', but {where} holds fractions or negative values")
     kind = expected if scale == "auto" else scale
-    if kind == "counts" and not predicted:
-        _check_counts(found, where, parameter, unmeasured_spots)
-    elif found.kind == "counts" and found.high > 0 and not predicted:
+    if predicted:
+        return kind
+    if kind == "counts":
+        if found.n_nan_spots > found.n_empty_spots or (found.n_nan and not unmeasured_spots):
+            raise ValueError(
+                f"`{parameter}`: {where} holds {found.n_nan} NaN, in {found.n_nan_spots} spots: their total is unknown, so "
+                "counts cannot be normalised; remove these spots or genes, or set counts that were not detected to 0"
+            )
+        if not found.high > 0:
+            raise ValueError(f"`{parameter}`: {where} is 0 for every gene and spot; counts are needed")
+    elif found.kind == "counts" and found.high > 0:
         raise ValueError(
             f"`{scale_parameter}` is 'log', but {where} looks like raw counts: whole numbers, up to {found.high:,.0f}; "
             f"pass {scale_parameter}='counts'"
         )
-    elif not predicted:
-        _check_logs(values, found, where, parameter, stacklevel)
+    elif found.n_negative or found.high > MAX_LOG:
+        warn(
+            f"`{parameter}`: {where} ranges from {found.low:.3g} to {found.high:.3g}: scaled or not log-transformed. It is "
+            "taken as natural logarithms of (1 + counts per 10,000), so differences and fold changes have no unit"
+        )
+    elif problem := scale_problem(values):
+        warn(
+            f"`{parameter}`: {where} does not hold natural logarithms of (1 + counts per 10,000): {problem}. Levels, fold "
+            f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}"
+        )
     return kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,9 @@ import pandas as pd
 from ..image import MIN_TISSUE
 from .keys import REGION_FACTS, SPATIAL, Keys
 from .lazy import insert_rows, lazy_layer
+from .logs import warn
 from .names import as_list, stored_colours
-from .ownership import check_case, check_free, is_prediction, keys_of_prediction, owns_spatial
+from .ownership import check_case, check_free, is_prediction, owns_spatial
 from .results import Result, write_results
 from .signatures import row_digests, slot_digest
 
@@ -50,10 +50,7 @@ class StackedPredictions:
         """Concatenate the slides of a table, and warn once of spots outside their image; ``others`` are the other fields."""
         if outside := sum(int((~slide.inside).sum()) for slide in slides):
             total = sum(len(slide.inside) for slide in slides)
-            warnings.warn(
-                f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation",
-                stacklevel=3,
-            )
+            warn(f"{outside} of {total} spots have their centre outside the image: they get NaN and no annotation")
 
         def stack(values_of: Callable[[Predictions], np.ndarray]) -> np.ndarray:
             parts = [values_of(result) for result in predictions]
@@ -96,7 +93,7 @@ class StackedPredictions:
 
 def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
     """Raise, before any work, if predicting into a table would overwrite something."""
-    planned = keys_of_prediction(keys, classes=bool(model.card.classes), ood=model.card.guard is not None)
+    planned = keys.written(["classes"] * bool(model.card.classes) + ["ood"] * (model.card.guard is not None))
     if keys.layer_name is not None:
         check_free(table, "predict", keys.uns, parameter="layer", layers=planned["layers"])
     check_free(table, "predict", keys.uns, parameter="key_added", **planned)
@@ -106,8 +103,7 @@ def check_fillable(table: AnnData, model: HE2Gene, keys: Keys) -> None:
 def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
     """Write into a measured table; its rows, their order, ``X`` and every other slot stay unchanged.
 
-    Rows of regions that were not predicted keep the values of an earlier run of the same model. Results that other
-    functions computed from the prediction are removed, with a warning, if any value of the layer changes.
+    Rows of regions that were not predicted keep the values of an earlier run of the same model.
     """
     others = np.setdiff1d(np.arange(table.n_obs), stacked.rows)
     before = _earlier_record(table, stacked, others)
@@ -149,37 +145,31 @@ def fill_table(table: AnnData, stacked: StackedPredictions) -> None:
         slots["obs"][keys.ood] = merge(table.obs.get(keys.ood), stacked.ood)
     slots["obs"] = {key: pd.Series(values, index=table.obs_names) for key, values in slots["obs"].items()}
     record = {"verb": "predict", **record, **({"lazy": True} if stacked.lazy else {})}
-    write_results(
-        [(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked, record)))], stacklevel=3
-    )
+    write_results([(table, Result("predict", keys.uns, record, slots, _spatial_slots(table, stacked, record)))])
 
 
 def _dense_or_lazy_layer(table: AnnData, stacked: StackedPredictions, others: np.ndarray, keep: bool) -> Any:
     import torch
 
     before = table.layers.get(stacked.keys.layer) if keep else None
+    wanted = stacked.wanted
     if stacked.lazy:
-        layer = _lazy_layer(table, stacked)
-        return layer if before is None else insert_rows(before, layer, stacked.rows)
+        tensors = stacked.model.tensors
+        embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
+        embedding[stacked.rows] = stacked.embedding
+        weights, bias = np.full((embedding.shape[1], table.n_vars), np.nan), np.full(table.n_vars, np.nan)
+        weights[:, wanted.columns] = tensors["genes.weight"][:, wanted.positions]
+        bias[wanted.columns] = tensors["genes.bias"][wanted.positions]
+        lazy = lazy_layer(embedding, weights, bias)
+        return lazy if before is None else insert_rows(before, lazy, stacked.rows)
     layer = np.full(table.shape, np.nan, np.float32)
     if before is not None:
         old = before[others]
         layer[others] = np.asarray(old.toarray() if hasattr(old, "toarray") else old, np.float32)
-    wanted, network = stacked.wanted, stacked.model.network
-    for rows, genes, values in network.expression_blocks(torch.from_numpy(stacked.embedding), wanted.positions):
+    blocks = stacked.model.network.expression_blocks(torch.from_numpy(stacked.embedding), wanted.positions)
+    for rows, genes, values in blocks:
         layer[np.ix_(stacked.rows[rows], wanted.columns[genes])] = values
     return layer
-
-
-def _lazy_layer(table: AnnData, stacked: StackedPredictions) -> Any:
-    """Return a lazy layer of the predicted rows and genes; NaN elsewhere."""
-    embedding = np.full((table.n_obs, stacked.embedding.shape[1]), np.nan, np.float32)
-    embedding[stacked.rows] = stacked.embedding
-    tensors, wanted = stacked.model.tensors, stacked.wanted
-    weights, bias = np.full((embedding.shape[1], table.n_vars), np.nan), np.full(table.n_vars, np.nan)
-    weights[:, wanted.columns] = tensors["genes.weight"][:, wanted.positions]
-    bias[wanted.columns] = tensors["genes.bias"][wanted.positions]
-    return lazy_layer(embedding, weights, bias)
 
 
 def _gene_columns(
@@ -231,10 +221,9 @@ def _earlier_record(table: AnnData, stacked: StackedPredictions, others: np.ndar
     same = ["model", "model_version", "weights_sha256", *(["head"] if "head" in before else [])]
     if all(before.get(name) == stacked.record[name] for name in same):
         return before
-    warnings.warn(
+    warn(
         f"{len(others)} spots of other regions were predicted by model {before.get('model')!r}: they get NaN, since one "
-        f"column cannot hold two models. Predict them again, or use another `key_added`",
-        stacklevel=4,
+        f"column cannot hold two models. Predict them again, or use another `key_added`"
     )
     return None
 
@@ -253,18 +242,12 @@ def _merge_records(before: Mapping[str, Any], record: dict[str, Any]) -> dict[st
         old = before[fact] if isinstance(before[fact], Mapping) else {kept[0]: before[fact]}
         new = record[fact] if isinstance(record[fact], Mapping) else {regions[0]: record[fact]}
         merged[fact] = {region: old[region] for region in kept if region in old} | new
-    earlier = {region: _facts_of_region(before, region) for region in kept}
-    return merged | pool_regions(earlier | record["regions"])
-
-
-def _facts_of_region(record: Mapping[str, Any], region: str) -> Mapping[str, Any]:
-    """Return the facts of a region in a record; those of the whole record, without counts, if it has none by region."""
-    if region in (regions := record.get("regions", {})):
-        return regions[region]
-    facts: dict[str, Any] = {name: record[name] for name in ("verdict", "known_patient") if name in record}
+    # Regions without facts of their own have those of the whole record, without counts.
+    facts: dict[str, Any] = {name: before[name] for name in ("verdict", "known_patient") if name in before}
     if facts.get("verdict") in ("out of distribution", "no tissue"):
         facts["reasons"] = [f"{facts['verdict']} (predicted by an earlier version; predict again for the reasons)"]
-    return facts
+    earlier = {region: dict(before.get("regions", {}).get(region, facts)) for region in kept}
+    return merged | pool_regions(earlier | record["regions"])
 
 
 def pool_regions(regions: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

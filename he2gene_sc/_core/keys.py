@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 #: Names of image, spots and table in objects of our readers and datasets.
@@ -38,10 +39,10 @@ _VALID = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class _KeyPattern:
-    """Key that is derived from ``key_added``."""
+    """Key of a slot that is derived from ``key_added``; with ``head``, only models with that head write it."""
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
+    def __init__(self, slot: str, pattern: str, head: str | None = None) -> None:
+        self.slot, self.pattern, self.head = slot, pattern, head
 
     def __get__(self, keys: Keys, owner: type[Keys]) -> str:
         return self.pattern.format(keys.key_added)
@@ -54,35 +55,47 @@ class Keys:
     key_added: str = "he2gene"
     layer_name: str | None = None
 
-    #: ``.uns``: record of the run; colours of the classes, as in scanpy; digests of the rows of the embedding.
-    uns = _KeyPattern("{}")
-    colors = _KeyPattern("{}_annotation_colors")
-    rows = _KeyPattern("X_{}_rows")
-    #: ``.var``: whether the model knows the gene; its held-out Pearson correlation; its mean in training, the reference for
-    #: skill.
-    predicted = _KeyPattern("{}_predicted")
-    pcc = _KeyPattern("{}_pcc")
-    mean = _KeyPattern("{}_mean")
-    #: ``.var``: whether the gene is reliable for a new patient, and for another section of a training patient.
-    reliable = _KeyPattern("{}_reliable")
-    reliable_known_patient = _KeyPattern("{}_reliable_known_patient")
-    #: ``.var``: mean correlation over held-out patients; the same, given the counts of each spot.
-    pcc_new_patient = _KeyPattern("{}_pcc_new_patient")
-    pcc_given_depth = _KeyPattern("{}_pcc_given_depth")
-    #: ``.obs``: most probable class, missing for unknown spots, and its calibrated probability.
-    annotation = _KeyPattern("{}_annotation")
-    confidence = _KeyPattern("{}_annotation_confidence")
-    #: ``.obs``: distance from the training data (above 1: out of distribution); fraction of tissue.
-    ood = _KeyPattern("{}_ood")
-    tissue = _KeyPattern("{}_tissue")
-    #: ``.obsm``: probability of every class, a DataFrame; the embedding that the heads read.
-    proba = _KeyPattern("{}_annotation_proba")
-    embedding = _KeyPattern("X_{}")
+    # Whether the model knows the gene; its held-out Pearson correlation.
+    predicted = _KeyPattern("var", "{}_predicted")
+    pcc = _KeyPattern("var", "{}_pcc")
+    # Mean correlation over held-out patients; the same, given the counts of each spot.
+    pcc_new_patient = _KeyPattern("var", "{}_pcc_new_patient")
+    pcc_given_depth = _KeyPattern("var", "{}_pcc_given_depth")
+    # Whether the gene is reliable for a new patient, and for another section of a training patient.
+    reliable = _KeyPattern("var", "{}_reliable")
+    reliable_known_patient = _KeyPattern("var", "{}_reliable_known_patient")
+    # Mean in training, the reference for skill.
+    mean = _KeyPattern("var", "{}_mean")
+    # Most probable class, missing for unknown spots, and its calibrated probability.
+    annotation = _KeyPattern("obs", "{}_annotation", "classes")
+    confidence = _KeyPattern("obs", "{}_annotation_confidence", "classes")
+    # Distance from the training data (above 1: out of distribution); fraction of tissue.
+    ood = _KeyPattern("obs", "{}_ood", "ood")
+    tissue = _KeyPattern("obs", "{}_tissue")
+    # The embedding that the heads read; probability of every class, a DataFrame.
+    embedding = _KeyPattern("obsm", "X_{}")
+    proba = _KeyPattern("obsm", "{}_annotation_proba", "classes")
+    # Digests of the rows of the embedding; colours of the classes, as in scanpy.
+    rows = _KeyPattern("uns", "X_{}_rows")
+    colors = _KeyPattern("uns", "{}_annotation_colors", "classes")
 
     @property
     def layer(self) -> str:
         """``.layers``: predicted expression."""
         return self.layer_name or self.key_added
+
+    @property
+    def uns(self) -> str:
+        """``.uns``: record of the run."""
+        return self.key_added
+
+    def written(self, heads: Collection[str] = ("classes", "ood")) -> dict[str, list[str]]:
+        """Return the keys that ``hg.tl.predict`` writes beside its record, by slot, with a model with these heads."""
+        found = {"layers": [self.layer]}
+        for pattern in vars(Keys).values():
+            if isinstance(pattern, _KeyPattern) and (pattern.head is None or pattern.head in heads):
+                found.setdefault(pattern.slot, []).append(pattern.__get__(self, Keys))
+        return found
 
 
 def check_key(name: str, parameter: str) -> None:

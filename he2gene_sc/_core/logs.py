@@ -1,7 +1,8 @@
-"""The logger of the package, and what silences loggers and warnings of other packages."""
+"""The logger and the warnings of the package, and what silences those of other packages."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("he2gene_sc")
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside of this package that called a public function."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("he2gene_sc."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 @contextmanager

@@ -89,16 +89,16 @@ def take(values: Any, rows: np.ndarray) -> Any:
     return values if np.array_equal(rows, np.arange(values.shape[0])) else values[rows]
 
 
+def subsample(values: Any, n: int = 64) -> Any:
+    """Choose at most ``n`` values, evenly through their order."""
+    return values[np.linspace(0, len(values) - 1, min(n, len(values))).astype(int)]
+
+
 def in_columns(values: np.ndarray, columns: np.ndarray, n: int) -> np.ndarray:
     """Return values ``(…, g)`` in the given columns of an array ``(…, n)``, float32; the other columns are NaN."""
     out = np.full((*values.shape[:-1], n), np.nan, np.float32)
     out[..., columns] = values
     return out
-
-
-def max_chunk_rows(values: Any) -> int:
-    """Return the rows of the largest chunk of a dask array, which is computed as a whole; 0 for other matrices."""
-    return max(values.chunks[0], default=0) if hasattr(values, "dask") else 0
 
 
 def blocks_of(values: Any) -> Iterator[tuple[slice, Any]]:

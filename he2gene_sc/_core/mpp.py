@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,11 +11,13 @@ from . import validate
 from .elements import he2gene_attrs, spot_element
 from .hints import mpp_hint
 from .keys import ATTRS
-from .logs import logger
+from .logs import logger, warn
 from .rasters import levels, shared_systems, systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
+
+    from .slide import Slide
 
 #: Valid µm per pixel: from an electron microscope to a thumbnail of a slide.
 _PLAUSIBLE = (1e-3, 1e4)
@@ -32,18 +32,11 @@ _MAX_ANISOTROPY = 0.05
 _MPP_IMAGE = "mpp_of"
 
 
-@dataclass(frozen=True)
-class _Assay:
-    name: str
-    pitch_um: float
-    neighbours: int
-    ratio: tuple[float, float]
-
-
-#: Lattice and diameter-to-pitch ratio of known assays. Some readers write Visium circles too wide.
+#: Known assays: name, pitch in µm, number of neighbours, and limits of the ratio of diameter to pitch. Some readers write
+#: Visium circles too wide.
 _ASSAYS = (
-    _Assay("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
-    _Assay("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
+    ("Visium (100 µm pitch)", 100.0, 6, (0.45, 0.75)),
+    ("legacy ST (200 µm pitch)", 200.0, 4, (0.4, 0.6)),
 )
 _VISIUM_SPOT_UM = 55.0
 #: Size of the bins in the names that Space Ranger gives to them.
@@ -135,9 +128,8 @@ def _check_same_image(sdata: SpatialData, image_key: str, mpp: float) -> None:
     own += "" if hint.startswith("state it") else f", or {hint}"
     if (size > 1).any() or (not same_scale and (abs(size * scale - 1) < 0.02).all()):
         raise ValueError(f"{found}: it was replaced or resampled. If it shows the same tissue, {own}")
-    warnings.warn(
-        f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is right, and lengths are wrong now; {own}",
-        stacklevel=5,
+    warn(
+        f"{found}. {mpp:.4g} is right if it was cropped. If it was resampled, {likely:.4g} is right, and lengths are wrong now; {own}"
     )
 
 
@@ -173,60 +165,47 @@ def length_scale(matrix: np.ndarray, *, quiet: bool = False) -> float:
     """Return the scale of a 3 × 3 matrix; warn if it depends on the direction."""
     most, least = np.linalg.svd(matrix[:2, :2], compute_uv=False)
     if not quiet and least < (1 - _MAX_ANISOTROPY) * most:
-        warnings.warn(
+        warn(
             f"the transformations of image and spots are anisotropic or sheared: they scale lengths by {least:.4g} in one "
-            f"direction and by {most:.4g} in the other; the mean is used. Resample the image to square pixels",
-            stacklevel=3,
+            f"direction and by {most:.4g} in the other; the mean is used. Resample the image to square pixels"
         )
     return float(np.sqrt(most * least))
 
 
-def resolve_mpp(
-    sdata: SpatialData,
-    image_key: str,
-    shapes_key: str,
-    mpp: float | None,
-    centres: np.ndarray,
-    diameter_px: float,
-    to_pixels: np.ndarray,
-    *,
-    coordinate_system: str,
-    obs: pd.DataFrame | None,
-) -> tuple[float, str]:
+def resolve_mpp(sdata: SpatialData, slide: Slide, mpp: float | None, to_pixels: np.ndarray) -> tuple[float, str]:
     """Return µm per pixel and its source: the argument, else the value in the object, else a known assay.
 
-    ``centres`` ``(n, 2)`` and ``diameter_px`` are in pixels of level 0; ``to_pixels`` maps the units of the spots to
-    pixels; ``obs`` are their rows of the measured table, ``None`` without one. Warn if the value contradicts the lattice of
-    a known assay.
+    ``slide`` is still in pixels, with 1 µm/px; ``to_pixels`` maps the units of its spots to pixels. Warn if the value contradicts
+    the lattice of a known assay.
     """
-    lattice = None if obs is None else array_lattice(obs, centres)
-    assay = _bins(lattice, obs) or known_assay(centres, diameter_px) or _visium_array(lattice, diameter_px)
+    image_key, shapes_key, diameter_px = slide.image_key, slide.shapes_key, slide.diameter_px
+    obs = None if slide.table_key is None else sdata[slide.table_key].obs.iloc[slide.rows]
+    lattice = None if obs is None else array_lattice(obs, slide.centres)[0]
+    assay = _bins(lattice, obs) or known_assay(slide.centres, diameter_px) or _visium_array(lattice, diameter_px)
     by_array = _visium_array(lattice)
 
     def scaled(factor: float) -> str:
-        return transformation_call(sdata, image_key, shapes_key, coordinate_system, np.diag([factor, factor, 1]))
+        return transformation_call(sdata, slide, np.diag([factor, factor, 1]))
 
     found: tuple[float, str] | None
     if mpp is not None:
         found = float(mpp), "argument"
     else:
         found = stored_mpp(sdata, image_key) or spots_mpp(sdata, shapes_key, to_pixels) or assay
-    if found is None:
-        image = sdata.images[image_key]
-        per_unit = {system: length_scale(affine(image, system), quiet=True) for system in systems_of(image)}
-        hint = "".join(
-            f"; if coordinate system {system!r} is in µm, {mpp_hint(image_key, value)}"
-            for system, value in per_unit.items()
-            if abs(value - 1) > 1e-6
+    if found is None and by_array is not None:
+        pitch, width = _ASSAYS[0][1] / by_array[0], _VISIUM_SPOT_UM / by_array[0]
+        raise ValueError(
+            f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
+            f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
+            f"slide, then {mpp_hint(image_key, by_array[0])}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
+            f"then transform them: {scaled(diameter_px / width)}"
         )
-        if by_array is not None:
-            pitch, width = _ASSAYS[0].pitch_um / by_array[0], _VISIUM_SPOT_UM / by_array[0]
-            raise ValueError(
-                f"`mpp` of image {image_key!r} is unknown: by their array positions the spots of {shapes_key!r} are those of Visium, "
-                f"{pitch:.4g} px apart, but they are {diameter_px:.4g} px wide, not {width:.3g}. Either the diameter is that of another "
-                f"slide, then {mpp_hint(image_key, by_array[0])}; or their coordinates are {_coordinate_frame(diameter_px / width, by_array[0])}, "
-                f"then transform them: {scaled(diameter_px / width)}"
-            )
+    if found is None:
+        image, hint = sdata.images[image_key], ""
+        for system in systems_of(image):
+            value = length_scale(affine(image, system), quiet=True)
+            if abs(value - 1) > 1e-6:
+                hint += f"; if coordinate system {system!r} is in µm, {mpp_hint(image_key, value)}"
         raise ValueError(
             f"`mpp` of image {image_key!r} is unknown: give it in µm per pixel (0.5 for a 20× scan, 0.25 for 40×); the "
             f"object does not state it and the spots are not a lattice of Visium, Visium HD or legacy ST"
@@ -234,9 +213,9 @@ def resolve_mpp(
         )
 
     assay = assay or by_array
-    in_um = assay is not None and abs(assay[0] - 1) < _EXACT
-    if obs is not None and assay is not None and not 0.8 < found[0] / assay[0] < 1.25:
-        ratio = found[0] / assay[0]
+    by_assay = assay is not None and found[1] == assay[1]
+    ratio = 1.0 if obs is None or assay is None else found[0] / assay[0]
+    if assay is not None and not 0.8 < ratio < 1.25:
         in_um = abs(assay[0] - 1) < _NEARLY
         cause = (
             f"its coordinates look like micrometres, not pixels; if they are, transform them: {scaled(1 / found[0])}"
@@ -245,23 +224,20 @@ def resolve_mpp(
             f"transform them: {scaled(1 / ratio)}"
         )
         tenfold = ", ten times off" if not in_um and any(0.8 < r < 1.25 for r in (ratio / 10, ratio * 10)) else ""
-        warnings.warn(
+        warn(
             f"µm/px of image {image_key!r} is {found[0]:.4g} ({found[1]}), but its spots look like {assay[1]}, which gives "
-            f"{assay[0]:.4g}{tenfold}; {cause}",
-            stacklevel=4,
+            f"{assay[0]:.4g}{tenfold}; {cause}"
         )
-    elif assay is not None and in_um and found[1] == assay[1]:
-        warnings.warn(
+    elif assay is not None and by_assay and abs(assay[0] - 1) < _EXACT:
+        warn(
             f"the spots of {shapes_key!r} look like {assay[1]} at exactly 1 µm/px: their coordinates look like micrometres, "
             f"not pixels of image {image_key!r}. If so, the wrong pixels are read; transform them by the true µm/px, for "
-            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {mpp_hint(image_key, 1.0)}",
-            stacklevel=4,
+            f"0.5: {scaled(2.0)}. If the image has 1 µm/px, {mpp_hint(image_key, 1.0)}"
         )
-    if obs is None and found[1] == (assay and assay[1]):
-        warnings.warn(
+    if obs is None and by_assay:
+        warn(
             f"µm/px of image {image_key!r} was taken from the lattice of its spots, as {found[1]}: {found[0]:.4g}. These "
-            f"spots have no counts, so they may not be of this assay; to be sure, {mpp_hint(image_key)}",
-            stacklevel=4,
+            f"spots have no counts, so they may not be of this assay; to be sure, {mpp_hint(image_key)}"
         )
     logger.info("image %r: %.4g µm/px (%s)", image_key, *found)
     return found
@@ -274,59 +250,47 @@ def _coordinate_frame(factor: float, mpp: float = 0.0) -> str:
     return f"those of a {'larger' if factor < 1 else 'smaller'} image of the slide"
 
 
-def transformation_call(sdata: SpatialData, image_key: str, shapes_key: str, system: str, matrix: np.ndarray) -> str:
+def transformation_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
     """Return the call that moves spots by a 3 × 3 matrix in pixels of the image, after their present transformation."""
     from spatialdata.transformations import Identity
 
-    element = spot_element(sdata, shapes_key)
+    system, element = slide.coordinate_system, spot_element(sdata, slide.shapes_key)
     transformations = systems_of(element)
-    image = affine(sdata.images[image_key], system)
+    image = affine(sdata.images[slide.image_key], system)
     whole = image @ matrix @ np.linalg.inv(image) @ affine(element, system)
     factor = whole[0, 0]
-    unmoved = isinstance(transformations[system], Identity)
-    if unmoved and np.allclose(whole, np.diag([factor, factor, 1])):
+    if isinstance(transformations[system], Identity) and np.allclose(whole, np.diag([factor, factor, 1])):
         made = f"spatialdata.transformations.Scale([{factor:.6g}, {factor:.6g}], axes=('x', 'y'))"
     else:
         rows = ", ".join("[" + ", ".join(f"{0.0 if abs(v) < 1e-9 else v:.8g}" for v in row) + "]" for row in whole)
         made = f"spatialdata.transformations.Affine([{rows}], ('x', 'y'), ('x', 'y'))"
     target = f"{made}, {system!r}" if len(transformations) == 1 else f"{{{system!r}: {made}}}, set_all=True"
-    return f"spatialdata.transformations.set_transformation(sdata[{shapes_key!r}], {target})"
+    return f"spatialdata.transformations.set_transformation(sdata[{slide.shapes_key!r}], {target})"
 
 
-def _fit_array(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; return also the residuals ``(m, 2)``.
+def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> tuple[np.ndarray | None, bool]:
+    """Fit pixels per step of ``array_col`` and ``array_row``, 2 × 2, by least squares; ``None`` if the spots do not lie on the array.
 
-    Spots without array positions are left out; at least 12 are needed, and half of all.
+    Return also whether array positions explain less than half of the variance of the spot centres. Spots without array
+    positions are left out; at least 12 are needed, and half of all.
     """
-    if not {"array_row", "array_col"} <= set(obs):
-        return None
-    columns = [
-        pd.to_numeric(obs[name], errors="coerce").to_numpy(float, na_value=np.nan)
-        for name in ("array_col", "array_row")
-    ]
+    names = ["array_col", "array_row"]
+    if not set(names) <= set(obs):
+        return None, False
+    columns = [pd.to_numeric(obs[name], errors="coerce").to_numpy(float, na_value=np.nan) for name in names]
     design = np.column_stack([*columns, np.ones(len(obs))])
     known = np.isfinite(design).all(axis=1)
     if known.sum() < max(12, len(obs) / 2):
-        return None
+        return None, False
     solution, _, rank, _ = np.linalg.lstsq(design[known], centres[known], rcond=None)
-    return (solution[:2].T, design[known] @ solution - centres[known]) if rank == 3 else None
-
-
-def array_lattice(obs: pd.DataFrame, centres: np.ndarray) -> np.ndarray | None:
-    """Return pixels per step of ``array_col`` and ``array_row``, 2 × 2; ``None`` if the spots do not lie on the array."""
-    found = _fit_array(obs, centres)
-    if found is None or np.sqrt(np.mean(found[1] ** 2)) >= 0.3 * np.linalg.norm(found[0], axis=0).min():
-        return None
-    return found[0]
-
-
-def is_scattered(obs: pd.DataFrame, centres: np.ndarray) -> bool:
-    """Whether array positions explain less than half of the variance of the spot centres."""
-    found = _fit_array(obs, centres)
+    lattice, residuals = solution[:2].T, design[known] @ solution - centres[known]
+    if rank < 3:
+        return None, False
+    if np.sqrt(np.mean(residuals**2)) < 0.3 * np.linalg.norm(lattice, axis=0).min():
+        return lattice, False
     # Repeated positions come from several arrays.
-    if found is None or obs.dropna(subset=["array_row", "array_col"]).duplicated(["array_row", "array_col"]).any():
-        return False
-    return bool((found[1].var(axis=0) > centres.var(axis=0) / 2).all())
+    repeated = obs.dropna(subset=names).duplicated(names).any()
+    return None, bool(not repeated and (residuals.var(axis=0) > centres.var(axis=0) / 2).all())
 
 
 def _bins(lattice: np.ndarray | None, obs: pd.DataFrame | None) -> tuple[float, str] | None:
@@ -348,12 +312,12 @@ def _visium_array(lattice: np.ndarray | None, diameter_px: float | None = None) 
     if lattice is None:
         return None
     column, row = np.linalg.norm(lattice, axis=0)
-    assay = _ASSAYS[0]
+    name, pitch_um, _, (low, high) = _ASSAYS[0]
     if abs(row / column / np.sqrt(3) - 1) > 0.02:
         return None
-    if diameter_px is not None and not assay.ratio[0] <= diameter_px / (2 * column) <= assay.ratio[1]:
+    if diameter_px is not None and not low <= diameter_px / (2 * column) <= high:
         return None
-    return assay.pitch_um / (2 * column), assay.name
+    return pitch_um / (2 * column), name
 
 
 def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | None:
@@ -368,7 +332,7 @@ def known_assay(centres: np.ndarray, diameter_px: float) -> tuple[float, str] | 
     if pitch <= 0:
         return None
     neighbours = int(np.quantile(near.sum(1), 0.75))
-    for assay in _ASSAYS:
-        if neighbours == assay.neighbours and assay.ratio[0] <= diameter_px / pitch <= assay.ratio[1]:
-            return assay.pitch_um / pitch, assay.name
+    for name, pitch_um, n, (low, high) in _ASSAYS:
+        if neighbours == n and low <= diameter_px / pitch <= high:
+            return pitch_um / pitch, name
     return None

@@ -130,7 +130,9 @@ def check_spelling(
     seen: dict[str, tuple[str, str]] = {}
     for place, found in names.items():
         for name in pd.unique(pd.Series(found, dtype=object).dropna()):
-            first, there = seen.setdefault(_fold_spelling(name, what in _PATIENTS), (name, place))
+            folded = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
+            folded = _JOINTS.sub("", folded) if what in _PATIENTS else folded
+            first, there = seen.setdefault(_LEADING_ZEROS.sub("", _BLANKS.sub("", folded)), (name, place))
             if first != name:
                 shown = [_format_occurrences(text, at, names[at], rows) for text, at in ((first, there), (name, place))]
                 call = f"adata.obs[{key!r}] = adata.obs[{key!r}].astype(object).replace({{{name!r}: {first!r}}})"
@@ -140,32 +142,27 @@ def check_spelling(
                 )
 
 
-def _fold_spelling(name: str, join: bool) -> str:
-    name = " ".join(unicodedata.normalize("NFKC", _DASHES.sub("-", name)).casefold().split())
-    name = _JOINTS.sub("", name) if join else name
-    return _LEADING_ZEROS.sub("", _BLANKS.sub("", name))
-
-
 def _spelling_difference(first: str, second: str) -> str:
     """Return in what two names differ that have the same folded spelling."""
-    numbers, joints = ([re.findall(pattern, name) for name in (first, second)] for pattern in (r"\d+", "[-_]"))
-    if joints[0] != joints[1] and not _DASHES.search(first + second):
+
+    def same(pattern: str) -> bool:
+        return re.findall(pattern, first) == re.findall(pattern, second)
+
+    if _DASHES.search(first + second):
+        return "dashes or leading zeros"
+    if not same("[-_]"):
         return "dashes, underscores, blanks or case"
-    return (
-        "case or blanks"
-        if numbers[0] == numbers[1] and not _DASHES.search(first + second)
-        else "dashes or leading zeros"
-    )
+    return "case or blanks" if same(r"\d+") else "dashes or leading zeros"
 
 
 def _format_occurrences(
     name: str, place: str, found: Sequence[str] | np.ndarray, rows: Mapping[str, Sequence[str]] | None
 ) -> str:
     """Format a name with its number of spots, the first of them, and its place."""
-    where = np.flatnonzero(np.asarray(found, object) == name)
-    parts = [f"{len(where)} spots"] if rows is not None else []
-    parts += [f"from {rows[place][where[0]]!r}"] if rows is not None else []
-    parts += [place] if place else []
+    parts = [place] if place else []
+    if rows is not None:
+        where = np.flatnonzero(np.asarray(found, object) == name)
+        parts = [f"{len(where)} spots", f"from {rows[place][where[0]]!r}", *parts]
     return f"{name!r} ({', '.join(parts)})" if parts else repr(name)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .element_results import element_names, replaced_element
+from .element_results import replaced_element
 from .fill import StackedPredictions, check_fillable, fill_table
 from .keys import ALIGNED, INSTANCE, OWN_TABLE, REGION, SLOTS, SPATIAL, TABLE, Keys
 from .lazy import is_large
@@ -48,7 +48,7 @@ def check_new_table(
         f"{slot}[{key!r}]"
         for slot, keys_there in foreign_keys(before).items()
         for key in keys_there
-        if slot in _aligned(changed) and key not in _OWN_COLUMNS.get(slot, ())
+        if any(slot in slots for slots in changed.values()) and key not in _OWN_COLUMNS.get(slot, ())
     ]
     if changed and before.raw is not None:
         lost.append("raw")
@@ -74,7 +74,7 @@ def check_place(sdata: SpatialData, name: str) -> None:
             f"shapes are {sorted(sdata.shapes)}. Link it with sdata.set_table_annotates_spatialelement({name!r}, "
             "region=..., region_key=..., instance_key=...), or rename it if it belongs to other shapes"
         )
-    if name.lower() in [other.lower() for _, other in element_names(sdata)]:
+    if name.lower() in [other.lower() for _, other, _ in sdata.gen_elements()]:
         raise ValueError(f"`key_added`: the new table would be named {name!r}, which is taken; choose another key")
 
 
@@ -135,18 +135,17 @@ def put_table(sdata: SpatialData, name: str, table: AnnData, keys: Keys) -> None
 
     Results that were computed from the prediction are not carried over if its values have changed.
     """
-    check_place(sdata, name)
     before = sdata.tables.get(name)
     removed = [] if before is None else _carry_over(before, table, keys)
     with replaced_element(sdata, "tables", name, table):
         # Warn inside the block: a filter may turn the warning into an exception.
-        warn_removed(removed, stacklevel=3)
+        warn_removed(removed)
 
 
 def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     """Copy other entries of the table ``before`` into the new table; return the results that are not copied."""
     changed = _changed_axes(before, table.obs_names, table.var_names)
-    aligned = _aligned(changed)
+    aligned = set().union(*changed.values())
     dropped: dict[str, dict[str, list[str]]] = {keys.uns: recorded_keys(keys.uns, before.uns.get(keys.uns))}
     for key in [key for key, record in before.uns.items() if key != keys.uns and is_result(record)]:
         written = unchanged_keys(before, key)
@@ -174,13 +173,10 @@ def _carry_over(before: AnnData, table: AnnData, keys: Keys) -> list[str]:
     return lost + remove_derived(table, {keys.layer, keys.uns, keys.annotation})
 
 
-def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> set[str]:
+def _changed_axes(before: AnnData, obs_names: pd.Index, var_names: pd.Index) -> dict[str, tuple[str, ...]]:
+    """Return the axes that have other names than before, each with the slots that are aligned to it."""
     same = {"obs": before.obs_names.equals(obs_names), "var": before.var_names.equals(var_names)}
-    return {axis for axis, is_same in same.items() if not is_same}
-
-
-def _aligned(axes: set[str]) -> set[str]:
-    return {slot for axis in axes for slot in ALIGNED[axis]}
+    return {axis: slots for axis, slots in ALIGNED.items() if not same[axis]}
 
 
 def _obs(slides: Sequence[Slide], like: AnnData | None) -> pd.DataFrame:

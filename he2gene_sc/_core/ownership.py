@@ -52,26 +52,7 @@ def recorded_keys(key: str, record: Any) -> dict[str, list[str]]:
         return {}
     if isinstance(written := record.get("written"), Mapping):
         return {str(slot): [str(name) for name in np.ravel(names)] for slot, names in written.items()}
-    return keys_of_prediction(Keys(key, str(record["layer"]))) if is_prediction(record) else {}
-
-
-def keys_of_prediction(keys: Keys, *, classes: bool = True, ood: bool = True) -> dict[str, list[str]]:
-    """Return the keys that ``hg.tl.predict`` writes beside its record, by slot; optionally those of classes and OOD scores."""
-    return {
-        "layers": [keys.layer],
-        "var": [
-            keys.predicted,
-            keys.pcc,
-            keys.pcc_new_patient,
-            keys.pcc_given_depth,
-            keys.reliable,
-            keys.reliable_known_patient,
-            keys.mean,
-        ],
-        "obs": [keys.annotation, keys.confidence] * classes + [keys.ood] * ood + [keys.tissue],
-        "obsm": [keys.embedding] + [keys.proba] * classes,
-        "uns": [keys.rows] + [keys.colors] * classes,
-    }
+    return Keys(key, str(record["layer"])).written() if is_prediction(record) else {}
 
 
 def unchanged_keys(table: AnnData, key: str, record: Any = None) -> dict[str, list[str]]:
@@ -107,16 +88,12 @@ def check_free(table: AnnData, verb: str, key: str, *, parameter: str = "key_add
     unchanged = named if record is None else unchanged_keys(table, key, record)
     existing = [(slot, n) for slot, names in planned.items() for n in names if n in getattr(table, slot)]
     foreign = [(slot, n) for slot, n in existing if n not in named.get(slot, [])]
-    changed = [(slot, n) for slot, n in existing if n in named.get(slot, []) and n not in unchanged.get(slot, [])]
+    changed = [entry for entry in existing if entry not in foreign and entry[1] not in unchanged.get(entry[0], [])]
     if foreign:
-        lost = (
-            ""
-            if record is not None
-            else f". If it was, its record uns[{key!r}] is missing: anndata.concat keeps it with uns_merge='first'"
-        )
+        lost = f". If it was, its record uns[{key!r}] is missing: anndata.concat keeps it with uns_merge='first'"
         raise ValueError(
             f"`{parameter}`: {_format_entries(foreign)} and was not written by {public_name(verb)}; choose another name, or rename or delete "
-            f"it first{lost}"
+            f"it first{lost if record is None else ''}"
         )
     if changed:
         raise ValueError(
@@ -175,7 +152,7 @@ def _without_record(table: AnnData, verb: str, key: str, slots: Mapping[str, lis
         and set(annotation.dropna().astype(str)) <= set(proba.columns.astype(str))
         and keys.confidence in table.obs
     )
-    return keys_of_prediction(keys) if whole else {}
+    return keys.written() if whole else {}
 
 
 def _format_entries(entries: list[tuple[str, str]]) -> str:

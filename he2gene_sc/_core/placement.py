@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,10 @@ import numpy as np
 
 from ..image import MIN_TISSUE
 from ..stats import pitch_of
-from .images import darkness_at, subsample
-from .mpp import array_lattice, is_scattered, known_assay, transform_points, transformation_call
+from .images import darkness_at
+from .logs import warn
+from .matrix import subsample
+from .mpp import array_lattice, known_assay, transform_points, transformation_call
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -51,7 +52,7 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         message = _outside_message(sdata, slide, outside)
         if not slide.inside.any():
             raise ValueError(message)
-        warnings.warn(f"{message} Spots outside are not predicted, the others may be misplaced", stacklevel=4)
+        warn(f"{message} Spots outside are not predicted, the others may be misplaced")
     pitch = pitch_of(slide.centres) if len(slide.centres) > 1 else np.inf
     if pitch == 0:
         raise ValueError(
@@ -60,12 +61,11 @@ def check_placement(sdata: SpatialData, slide: Slide) -> None:
         )
     diameter = slide.diameter_px
     if slide.table_key is not None and diameter > _OVERLAP * pitch:
-        warnings.warn(
+        warn(
             f"`shapes_key` {slide.shapes_key!r}: the spots overlap, with a diameter of {diameter:.3g} px {pitch:.3g} px apart on image "
             f"{slide.image_key!r}. Their coordinates look like those of a smaller image, or the diameter is that of another slide: "
             "spots may be predicted from other tissue. Check both, or transform the spots by the width of this image over the width of "
-            f"that one. The call that makes them adjacent: {_fix_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}",
-            stacklevel=4,
+            f"that one. The call that makes them adjacent: {transformation_call(sdata, slide, np.diag([diameter / pitch, diameter / pitch, 1]))}"
         )
     chosen = subsample(np.flatnonzero(slide.inside))
     darkness = darkness_at(slide.pyramid, slide.image_key, slide.centres[chosen], diameter)
@@ -89,7 +89,7 @@ def _outside_message(sdata: SpatialData, slide: Slide, outside: int) -> str:
         places = transform_points(slide.centres, matrix)
         inside = ((places >= 0) & (places <= [width, height])).all(1)
         if inside.mean() >= _INSIDE and (np.ptp(places, axis=0) / [width, height]).max() >= _SPAN:
-            return f"{found} {cause}; if so: {_fix_call(sdata, slide, matrix)}."
+            return f"{found} {cause}; if so: {transformation_call(sdata, slide, matrix)}."
     factor = 0.95 * min(width / max(right, 1), height / max(bottom, 1))
     span = factor * np.ptp(slide.centres, axis=0) / [width, height]
     # Spots that were shifted, not scaled, would span little of the image.
@@ -98,7 +98,7 @@ def _outside_message(sdata: SpatialData, slide: Slide, outside: int) -> str:
         return (
             f"{found} Their coordinates look like those of a larger image, such as the full-resolution one: use that image, "
             "or scale the spots by the ratio of the image widths, about: "
-            f"{_fix_call(sdata, slide, np.diag([factor, factor, 1]))}."
+            f"{transformation_call(sdata, slide, np.diag([factor, factor, 1]))}."
         )
     return f"{found} Check the transformations, `coordinate_system` and `image_key`, of {sorted(sdata.images)}."
 
@@ -133,29 +133,31 @@ def _scale_factors(sdata: SpatialData, slide: Slide) -> dict[str, float]:
     return found
 
 
-def _fix_call(sdata: SpatialData, slide: Slide, matrix: np.ndarray) -> str:
-    return transformation_call(sdata, slide.image_key, slide.shapes_key, slide.coordinate_system, matrix)
-
-
 def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
     """Warn if array positions are mirrored against the pixels, unless the pixels confirm the placement.
 
-    ``darkness`` ``(n,)`` is that of the image at the ``chosen`` spots.
+    Without them, warn if there is much more tissue under the spots with x and y swapped. ``darkness`` ``(n,)`` is that of the
+    image at the ``chosen`` spots.
     """
     if not slide.inside.any() or slide.table_key is None:
         return
     obs = sdata[slide.table_key].obs.iloc[slide.rows]
-    lattice = array_lattice(obs, slide.centres)
-    if lattice is None and is_scattered(obs, slide.centres):
-        warnings.warn(
+    lattice, scattered = array_lattice(obs, slide.centres)
+    if scattered:
+        warn(
             f"`array_row` and `array_col` of table {slide.table_key!r} do not match the positions of the spots of "
             f"{slide.shapes_key!r}: the ids of table and spots look mixed up, as after sorting one of them. If so, all "
             "spots are predicted from other tissue; compare sdata[table].obs with sdata[shapes]. If these columns belong "
-            "to another array, delete them",
-            stacklevel=5,
+            "to another array, delete them"
         )
     if lattice is None or slide.diameter_px >= _TOUCHING * pitch_of(slide.centres):
-        _check_swap(sdata, slide, chosen, darkness)
+        then = _darkness(slide, transform_points(slide.centres[chosen], _SWAP))
+        both = np.isfinite(then)
+        if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * darkness[both].mean():
+            warn(
+                f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
+                f"are exchanged. If so, all spots are predicted from other tissue; correct it with {transformation_call(sdata, slide, _SWAP)}"
+            )
         return
     if np.linalg.det(lattice) >= 0:
         return
@@ -169,28 +171,15 @@ def _check_orientation(sdata: SpatialData, slide: Slide, chosen: np.ndarray, dar
         return
     likeliest = [cause for cause in causes if better[cause] == max(better.values())]
     cause, shown = likeliest[0], "; the pixels agree" if max(better.values()) > 0 else ""
-    call = _fix_call(sdata, slide, causes[cause])
+    call = transformation_call(sdata, slide, causes[cause])
     if len(likeliest) > 1:
         cause = "x or y of the spots looks mirrored"
-        call = f"{call} for x, or {_fix_call(sdata, slide, causes[likeliest[1]])} for y"
-    warnings.warn(
+        call = f"{call} for x, or {transformation_call(sdata, slide, causes[likeliest[1]])} for y"
+    warn(
         f"`array_row` and `array_col` of table {slide.table_key!r} are mirrored against the pixels: {cause}{shown}. If so, "
         f"all spots are predicted from other tissue; correct it with {call}. Ignore this "
-        "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns",
-        stacklevel=5,
+        "if the section was imaged mirrored, as in some CytAssist runs, or array_row counts columns"
     )
-
-
-def _check_swap(sdata: SpatialData, slide: Slide, chosen: np.ndarray, darkness: np.ndarray) -> None:
-    """Warn if there is much more tissue under the spots with x and y swapped."""
-    then = _darkness(slide, transform_points(slide.centres[chosen], _SWAP))
-    both = np.isfinite(then)
-    if both.mean() >= _INSIDE and then[both].mean() > _MUCH_DARKER * darkness[both].mean():
-        warnings.warn(
-            f"`shapes_key` {slide.shapes_key!r}: x and y of the spots look swapped: there is more tissue under them if they "
-            f"are exchanged. If so, all spots are predicted from other tissue; correct it with {_fix_call(sdata, slide, _SWAP)}",
-            stacklevel=5,
-        )
 
 
 def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None:
@@ -211,10 +200,9 @@ def check_on_tissue(sdata: SpatialData, slide: Slide, share: np.ndarray) -> None
     # The overview may find tissue at the present placement where the full resolution does not.
     if shares[_AS_IS] >= _OFF_TISSUE or shares[cause] < _ON_TISSUE:
         return
-    warnings.warn(
+    warn(
         f"`shapes_key` {slide.shapes_key!r}: {now:.0%} of the spots lie on tissue, and {shares[cause]:.0%} would if {cause}. If so, all spots are "
-        f"predicted from other tissue; correct it with {_fix_call(sdata, slide, placements[cause])}. Ignore this warning if the spots cover glass too",
-        stacklevel=3,
+        f"predicted from other tissue; correct it with {transformation_call(sdata, slide, placements[cause])}. Ignore this warning if the spots cover glass too"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from . import validate
 from .keys import OWN_TABLE, Keys
+from .logs import warn
 from .matrix import layer_names, matrix_of
 from .names import check_text_names
 from .ownership import is_prediction, is_record_of, unchanged_keys
@@ -33,18 +33,17 @@ def predicted_table(sdata: SpatialData, prediction_key: str = "he2gene", table_k
     """Return the name of the table that ``predict(key_added=...)`` filled; a measured table comes first."""
     if not hasattr(sdata, "tables"):
         raise TypeError(f"`sdata` is a {type(sdata).__name__}; a SpatialData object is needed")
+    tables = dict(sdata.tables)
     if table_key is not None:
-        validate.existing_key(table_key, sdata.tables, "table_key")
-    tables = sdata.tables if table_key is None else {table_key: sdata[table_key]}
+        tables = {table_key: tables[validate.existing_key(table_key, tables, "table_key")]}
     found = [key for key, table in tables.items() if is_prediction(table.uns.get(prediction_key))]
     candidates = [key for key in found if OWN_TABLE not in sdata[key].uns] or found
-    if not candidates and table_key is not None:
-        raise ValueError(f"`table_key` {table_key!r} holds no prediction {prediction_key!r}; run hg.tl.predict first")
     if not candidates:
         lost = [key for key, table in tables.items() if prediction_key in table.layers]
         hint = f" ({lost} have the layer, but not the record in uns: anndata.concat keeps it with uns_merge='first')"
+        where = "`sdata`" if table_key is None else f"`table_key` {table_key!r}"
         raise ValueError(
-            f"`sdata` holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
+            f"{where} holds no prediction {prediction_key!r}; run hg.tl.predict first{hint if lost else ''}"
         )
     validate.not_ambiguous(candidates, "table_key")
     check_text_names(sdata[candidates[0]])
@@ -157,7 +156,7 @@ def predicted_layer(table: AnnData, prediction_key: str = "he2gene", layer: str 
     return validate.existing_key(name, layer_names(table), "layer", hint)
 
 
-def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stacklevel: int = 3) -> None:
+def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str) -> None:
     """Warn if a layer was changed since predict wrote it."""
     values = matrix_of(table, layer)
     if isinstance(values, np.ndarray) and values.dtype.kind == "f":
@@ -169,10 +168,9 @@ def check_layer_unchanged(table: AnnData, prediction_key: str, layer: str, stack
     if layer == record["layer"] and layer not in unchanged_keys(table, Keys(prediction_key).uns, record).get(
         "layers", ()
     ):
-        warnings.warn(
+        warn(
             f"`layer` {layer!r} was changed since hg.tl.predict wrote it: the reliability that the model states may not hold; "
-            "predict again",
-            stacklevel=stacklevel,
+            "predict again"
         )
 
 

@@ -18,6 +18,7 @@ import pandas as pd
 from . import validate
 from .elements import is_object, objects_in
 from .keys import MAPPINGS, Keys
+from .logs import warn
 from .matrix import dense
 from .ownership import is_record_of, unchanged_keys
 from .rasters import entries_of
@@ -45,20 +46,16 @@ class Result:
 
 def find_results(data: Any, verb: str, key: str, table_key: str | None = None) -> list[AnnData]:
     """Return the table of each object in which a verb wrote ``uns[key]``; ``data`` is one object or table, or several."""
-    found = []
+    found: list[AnnData] = []
     for item in objects_in(data):
         tables = item.tables if hasattr(item, "tables") else {"": item}
         if table_key is not None and hasattr(item, "tables"):
-            validate.existing_key(table_key, tables, "table_key")
-        written = [
-            name
-            for name, table in tables.items()
-            if (table_key is None or name in (table_key, "")) and is_record_of(verb, table.uns.get(key))
-        ]
+            tables = {validate.existing_key(table_key, tables, "table_key"): tables[table_key]}
+        written = {name: table for name, table in tables.items() if is_record_of(verb, table.uns.get(key))}
         if not written:
             raise ValueError(f"`key` {key!r}: `data` holds no such result; run hg.tl.{verb} first")
         validate.not_ambiguous(written, "table_key")
-        found.append(tables[written[0]])
+        found += written.values()
     return found
 
 
@@ -79,15 +76,14 @@ def write_result(
     """Write all results of a verb into one or several tables, or none if it is interrupted; ``slots`` map slot to key to value.
 
     ``uns[key]`` gets ``verb``, ``params``, ``written`` (keys by slot), ``signatures`` of the values, and the ``facts``.
-    Entries that only an earlier run of the verb wrote under the same key are removed. Results that were computed from
-    changed values are removed with a warning.
+    Entries that only an earlier run of the verb wrote under the same key are removed.
     """
     given = {name: value for name, value in params.items() if value is not None}
     result = Result(verb, key, {"verb": verb, "params": given, **(facts or {})}, slots)
-    write_results([(table, result) for table in ([tables] if is_object(tables) else tables)], stacklevel=3)
+    write_results([(table, result) for table in ([tables] if is_object(tables) else tables)])
 
 
-def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2) -> None:
+def write_results(results: Sequence[tuple[AnnData, Result]]) -> None:
     """Write results into all tables, or into none."""
     removed: list[str] = []
     with ExitStack() as undo:
@@ -97,7 +93,7 @@ def write_results(results: Sequence[tuple[AnnData, Result]], stacklevel: int = 2
             undo.enter_context(restore_on_error(table))
             removed += _write(table, result)
         # Warn inside the block: a filter may turn the warning into an exception.
-        warn_removed(removed, stacklevel=stacklevel + 1)
+        warn_removed(removed)
 
 
 @contextmanager
@@ -113,11 +109,11 @@ def restore_on_error(table: AnnData) -> Iterator[None]:
                 setattr(table, name, frame)
             for name, entries in before.items():
                 slot = getattr(table, name)
-                for key in entries_of(table, name).keys() - entries.keys():
-                    del slot[key]
-                for key, value in entries.items():
-                    if key not in slot or slot[key] is not value:
-                        slot[key] = value
+                for key in {**entries_of(table, name), **entries}:
+                    if key not in entries:
+                        del slot[key]
+                    elif key not in slot or slot[key] is not entries[key]:
+                        slot[key] = entries[key]
         raise
 
 
@@ -142,10 +138,10 @@ def _write(table: AnnData, result: Result) -> list[str]:
 def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], before: Any) -> set[str]:
     """Return the names of layers, columns of ``obs`` and results that will change."""
     changed = set()
-    for slot in ("layers", "obs"):
+    for slot, is_same in (("layers", same_values), ("obs", lambda a, b: same_digest(pd.Series(a), pd.Series(b)))):
         values, there = result.slots.get(slot, {}), getattr(table, slot)
         names = dict.fromkeys([*values, *old.get(slot, [])])
-        changed |= {n for n in names if n not in values or n not in there or not _same(slot, there[n], values[n])}
+        changed |= {n for n in names if n not in values or n not in there or not is_same(there[n], values[n])}
     if result.verb == "predict":
         labels = Keys(result.key).annotation
         # Other facts, such as package versions, do not change values.
@@ -153,10 +149,6 @@ def _changed(table: AnnData, result: Result, old: Mapping[str, Sequence[str]], b
     facts = result.record.keys() - {"verb", "params"}
     is_other = isinstance(before, Mapping) and any(not same_digest(before.get(n), result.record[n]) for n in facts)
     return changed | ({result.key} if is_other else set())
-
-
-def _same(slot: str, before: Any, after: Any) -> bool:
-    return same_values(before, after) if slot == "layers" else same_digest(pd.Series(before), pd.Series(after))
 
 
 def same_values(before: Any, after: Any) -> bool:
@@ -190,13 +182,12 @@ def _delete(table: AnnData, entries: Mapping[str, Iterable[str]]) -> None:
                 del getattr(table, slot)[name]
 
 
-def warn_removed(removed: list[str], stacklevel: int) -> None:
+def warn_removed(removed: list[str]) -> None:
     """Warn of results that were removed, if any."""
     if removed:
-        warnings.warn(
+        warn(
             f"results that were computed from changed values were removed: uns {sorted(set(removed))}, with their layers and "
-            "columns; run the functions that wrote them again",
-            stacklevel=stacklevel + 1,
+            "columns; run the functions that wrote them again"
         )
 
 

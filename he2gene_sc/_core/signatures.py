@@ -14,7 +14,6 @@ from .rasters import levels
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from spatialdata import SpatialData
 
 #: Values of a matrix that are read at a time.
 _BLOCK = 1 << 22
@@ -56,10 +55,9 @@ def element_digest(element: Any) -> str:
     return f"{_shape(element)}:{digest_of(*content)}"
 
 
-def is_element_unchanged(sdata: SpatialData, kind: str, name: str, signature: str) -> bool:
-    """Whether labels or shapes are unchanged; elements of another size are not read."""
-    element = levels(getattr(sdata, kind)[name])[0]
-    return signature.startswith(f"{_shape(element)}:") and element_digest(element) == signature
+def is_element_unchanged(element: Any, signature: str) -> bool:
+    """Whether labels or shapes have this digest; elements of another size are not read."""
+    return signature.startswith(f"{_shape(levels(element)[0])}:") and element_digest(element) == signature
 
 
 def row_digests(values: Any, names: pd.Index) -> np.ndarray:
@@ -102,20 +100,17 @@ def _update(digest: Any, value: Any) -> None:
     elif hasattr(value, "shape") and len(value.shape) and getattr(value.dtype, "kind", "O") in "fiub":
         _update_array(digest, value)
     elif isinstance(value, list | tuple):
-        _update(digest, _as_array(value))
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of several lengths
+            array = np.asarray([repr(part) for part in value])
+        _update(digest, array)
     elif isinstance(value, np.ndarray) and value.ndim:
         _update_texts(digest, value.ravel())
     elif isinstance(value, bool | int | float | np.number | np.bool_):
         _update_array(digest, np.array([value], float))
     else:
         digest.update(f"{value}\0".encode())
-
-
-def _as_array(values: list | tuple) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError:  # lists of several lengths
-        return np.asarray([repr(value) for value in values])
 
 
 def _update_texts(digest: Any, values: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,7 +66,7 @@ def resolve(
     """Find the slides of an object: one for each shapes element that the table annotates.
 
     A single candidate is used; several raise an error that lists them. ``image_key`` and ``mpp`` may be mappings from
-    shapes element. Without ``mpp``, it is taken from the metadata, a coordinate system in µm, or a known assay.
+    shapes element.
     """
     check_spatialdata(sdata)
     for value in mpp.values() if isinstance(mpp, Mapping) else (mpp,):
@@ -75,93 +75,70 @@ def resolve(
         raise ValueError("`sdata` has no image; read one with hg.io.read_he or add it to sdata.images")
     table_key = find_table(sdata, table_key, shapes_key)
     regions = find_shapes(sdata, shapes_key, table_key)
-    if isinstance(mpp, Mapping) and (unnamed := [region for region in regions if region not in mpp]):
-        raise ValueError(f"`mpp` names no value for shapes {unnamed}, it has {sorted(mpp)}")
-    return tuple(
-        _resolve_one(
-            sdata, region, table_key, image_key, coordinate_system, mpp[region] if isinstance(mpp, Mapping) else mpp
+    stated = mpp if isinstance(mpp, Mapping) else dict.fromkeys(regions, mpp)
+    if unnamed := [region for region in regions if region not in stated]:
+        raise ValueError(f"`mpp` names no value for shapes {unnamed}, it has {sorted(stated)}")
+    slides = []
+    for key in regions:
+        spots = spots_of_element(sdata, key)
+        image = find_image(sdata, key, image_key, coordinate_system, spots)
+        spot_ids, rows = match_rows(sdata, spots.ids, key, table_key)
+        # Labels that the table does not list are not spots.
+        order = spots.ids.get_indexer(spot_ids)
+        spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
+        system, to_pixels = spots_to_pixels(sdata, image, key, coordinate_system, spots)
+        centres = transform_points(spots.centres, to_pixels)
+        diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
+        pyramid = pyramid_of(sdata, image)
+        # In pixels, until µm per pixel are known.
+        slide = Slide(
+            image_key=image,
+            shapes_key=key,
+            table_key=table_key,
+            coordinate_system=system,
+            pyramid=pyramid,
+            pixel_factor=1.0,
+            mpp=1.0,
+            mpp_source="",
+            spot_ids=spot_ids,
+            rows=rows,
+            centres=centres,
+            inside=(centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height),
+            diameter_um=diameter_px,
         )
-        for region in regions
-    )
+        found, source = resolve_mpp(sdata, slide, stated[key], to_pixels)
+        slide = replace(slide, mpp=found, mpp_source=source, diameter_um=float(diameter_px * found))
+        _check_size(sdata, slide, diameter_px)
+        slides.append(replace(slide, pixel_factor=check_image(pyramid, image, centres[slide.inside])))
+    return tuple(slides)
 
 
-def _resolve_one(
-    sdata: SpatialData,
-    shapes_key: str,
-    table_key: str | None,
-    image_key: str | Mapping[str, str] | None,
-    coordinate_system: str | None,
-    mpp: float | None,
-) -> Slide:
-    spots = spots_of_element(sdata, shapes_key)
-    image_key = find_image(sdata, shapes_key, image_key, coordinate_system, spots)
-    spot_ids, rows = match_rows(sdata, spots.ids, shapes_key, table_key)
-    # Labels that the table does not list are not spots.
-    order = spots.ids.get_indexer(spot_ids)
-    spots = Spots(spot_ids, spots.centres[order], spots.diameters[order])
-    system, to_pixels = spots_to_pixels(sdata, image_key, shapes_key, coordinate_system, spots)
-    centres = transform_points(spots.centres, to_pixels)
-    diameter_px = float(np.median(spots.diameters)) * length_scale(to_pixels)
-    pyramid = pyramid_of(sdata, image_key)
-    mpp, source = resolve_mpp(
-        sdata,
-        image_key,
-        shapes_key,
-        mpp,
-        centres,
-        diameter_px,
-        to_pixels,
-        coordinate_system=system,
-        obs=None if table_key is None else sdata[table_key].obs.iloc[rows],
-    )
-    outlines = shapes_key not in sdata.shapes or "radius" not in sdata.shapes[shapes_key].columns
-    side_by_side = outlines or (len(centres) > 1 and pitch_of(centres) < 1.5 * diameter_px)
-    _check_size(pyramid, image_key, shapes_key, diameter_px, mpp, cells=side_by_side)
-    inside = (centres >= 0).all(1) & (centres[:, 0] <= pyramid.width) & (centres[:, 1] <= pyramid.height)
-    return Slide(
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=system,
-        pyramid=pyramid,
-        pixel_factor=check_image(pyramid, image_key, centres[inside]),
-        mpp=mpp,
-        mpp_source=source,
-        spot_ids=spot_ids,
-        rows=rows,
-        centres=centres,
-        inside=inside,
-        diameter_um=float(diameter_px * mpp),
-    )
-
-
-def _check_size(
-    pyramid: Pyramid, image_key: str, shapes_key: str, diameter_px: float, mpp: float, *, cells: bool
-) -> None:
+def _check_size(sdata: SpatialData, slide: Slide, diameter_px: float) -> None:
     """Raise if spots are too small or too wide for the image."""
-    shortest = min(pyramid.height, pyramid.width)
+    shortest = min(slide.pyramid.height, slide.pyramid.width)
     found = (
-        f"`shapes_key` {shapes_key!r}: a spot is {diameter_px:.3g} px wide on image {image_key!r} "
-        f"({pyramid.width} × {pyramid.height})"
+        f"`shapes_key` {slide.shapes_key!r}: a spot is {diameter_px:.3g} px wide on image {slide.image_key!r} "
+        f"({slide.pyramid.width} × {slide.pyramid.height})"
     )
     if diameter_px > shortest / 2:
         raise ValueError(
             f"{found}; at most {shortest // 2} px are possible. Check the transformations, `coordinate_system` and `image_key`"
         )
-    diameter_um = diameter_px * mpp
+    circles = slide.shapes_key in sdata.shapes and "radius" in sdata.shapes[slide.shapes_key].columns
+    adjacent = len(slide.centres) > 1 and pitch_of(slide.centres) < 1.5 * diameter_px
     # Cells and bins are far smaller than the window that is read around them, and which the image has to resolve.
-    if cells and diameter_um < _WIDE_UM:
+    if slide.diameter_um < _WIDE_UM and (adjacent or not circles):
         return
-    if diameter_um < _MIN_SPOT_UM:
+    if slide.diameter_um < _MIN_SPOT_UM:
         raise ValueError(
-            f"{found}, that is {diameter_um:.3g} µm, smaller than a cell, and spots are not adjacent as bins and cells are. "
+            f"{found}, that is {slide.diameter_um:.3g} µm, smaller than a cell, and spots are not adjacent as bins and cells are. "
             "Check the transformations and `mpp`; for spots of 50 µm: hg.pp.tissue(sdata), "
             "hg.pp.grid(sdata, diameter_um=50, pitch_um=50, key_added='grid'), hg.tl.predict(sdata, shapes_key='grid')"
         )
     if diameter_px < _MIN_SPOT_PX:
         raise ValueError(
-            f"{found}, which is too coarse at {mpp:.3g} µm/px: at least {_MIN_SPOT_PX} px are needed, that is "
-            f"{diameter_um / _MIN_SPOT_PX:.2g} µm/px or finer. Use the full-resolution image, or check the transformations"
+            f"{found}, which is too coarse at {slide.mpp:.3g} µm/px: at least {_MIN_SPOT_PX} px are needed, that is "
+            f"{slide.diameter_um / _MIN_SPOT_PX:.2g} µm/px or finer. Use the full-resolution image, or check the transformations"
         )
 
 

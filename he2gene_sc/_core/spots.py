@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import issparse
+from scipy.sparse import csr_array, issparse
 
 from . import validate
 from .elements import find_table, objects_in
 from .expression import as_logs
 from .genes import find_genes
 from .keys import OWN_TABLE, PATIENT, SECTION
-from .matrix import blocks_of, matrix_of, max_chunk_rows, values_of
+from .logs import warn
+from .matrix import blocks_of, matrix_of, values_of
 from .names import (
     UNNAMED,
     annotation_target,
@@ -161,7 +161,10 @@ class SpotData:
         """Yield blocks of spots: the index of their table, their positions, and the table of only these spots."""
         start = 0
         for i, (table, rows) in enumerate(zip(self.tables, self.rows, strict=True)):
-            step = max(1, _BLOCK // table.n_vars, max_chunk_rows(matrix_of(table, self.layer)))
+            values = matrix_of(table, self.layer)
+            # A chunk of a dask array is computed as a whole.
+            chunks = values.chunks[0] if hasattr(values, "dask") else ()
+            step = max(1, _BLOCK // table.n_vars, *chunks)
             for first in range(0, len(rows), step):
                 chosen = rows[first : first + step]
                 yield i, slice(start, start + len(chosen)), table[chosen]
@@ -184,20 +187,6 @@ class SpotData:
             block[:, columns[i] < 0] = 0
             yield where, block
 
-    def counts(self) -> Iterator[tuple[slice, Any, np.ndarray]]:
-        """Yield blocks of raw counts ``(b, n_vars)``, csr float64 without NaN, with the positions of their spots.
-
-        The third item has the column of each gene of ``genes`` ``(g,)``, -1 if the table does not list it.
-        """
-        from scipy.sparse import csr_array
-
-        columns = [find_genes(self.genes, table.var_names) for table in self.tables]
-        for i, where, table in self.chunks():
-            values = values_of(table, self.layer)
-            block = csr_array(values if issparse(values) else np.nan_to_num(values)).astype(np.float64)
-            block.data = np.nan_to_num(block.data)
-            yield where, block, columns[i]
-
     def sums(
         self,
         codes: np.ndarray,
@@ -210,8 +199,6 @@ class SpotData:
         Spots with a code below 0 are left out. With ``weights`` ``(n,)``, the sum of the logarithms times the weights is added at the
         end. All sums are computed in one pass.
         """
-        from scipy.sparse import csr_array
-
         out = np.zeros((len(transforms) + (weights is not None), n, len(self.genes)))
         for where, values in self.blocks():
             code = codes[where]
@@ -230,18 +217,20 @@ class SpotData:
         """Return sums over the spots of each code, in one pass over the raw counts.
 
         ``(3, n, g)``: counts, their squares, counts times depth; ``(2, n)``: depth and its square. ``log_depth`` is per spot;
-        default: log of total counts.
+        default: log of total counts. NaN counts as 0, and so do genes that a table does not list.
         """
-        from scipy.sparse import csr_array
-
         sums = np.zeros((3, n, len(self.genes)))
         depth = np.zeros((2, n))
-        for where, block, columns in self.counts():
-            listed = np.flatnonzero(columns >= 0)
+        columns = [find_genes(self.genes, table.var_names) for table in self.tables]
+        for i, where, table in self.chunks():
+            values = values_of(table, self.layer)
+            block = csr_array(values if issparse(values) else np.nan_to_num(values)).astype(np.float64)
+            block.data = np.nan_to_num(block.data)
+            listed = np.flatnonzero(columns[i] >= 0)
             total = np.asarray(block.sum(axis=1)).ravel() if log_depth is None else np.exp(log_depth[where])
             places = (codes[where], np.arange(len(total)))
             ones, totals = (csr_array((x, places), (n, len(total))) for x in (np.ones(len(total)), total))
-            y = block[:, columns[listed]]
+            y = block[:, columns[i][listed]]
             for out, part in zip(sums, (ones @ y, ones @ y.multiply(y), totals @ y), strict=True):
                 out[:, listed] += part.toarray()
             depth += np.array([ones @ total, ones @ np.square(total)])
@@ -314,18 +303,14 @@ def read_spots(
         labels = [names_of(table, label_key, parameter) for table in tables]
     samples = [samples_of(table, sample_key) for table in tables]
     rows = {f"object {i}": table.obs_names for i, table in enumerate(tables)}
-    for names, named, key, what in (
-        (labels, parameter, label_key or "", "labels"),
-        (samples, "sample_key", sample_key, "samples"),
-    ):
-        check_spelling(dict(zip(rows, names, strict=True)), named, key, what=what, rows=rows)
+    check_spelling(dict(zip(rows, labels, strict=True)), parameter, label_key or "", rows=rows)
+    check_spelling(dict(zip(rows, samples, strict=True)), "sample_key", sample_key, what="samples", rows=rows)
     named_samples = pd.unique(np.concatenate(samples))
     unnamed = [name for name in named_samples if name.casefold() in UNNAMED]
     if unnamed and max(len(named_samples), len(tables)) > 1:
-        warnings.warn(
+        warn(
             f"`sample_key` {sample_key!r}: {unnamed[0]!r} counts as one of {len(named_samples)} samples. If it stands for "
-            "several samples, or for one of the others, name them or remove its spots",
-            stacklevel=3,
+            "several samples, or for one of the others, name them or remove its spots"
         )
     places = all("spatial" in table.obsm for table in tables)
     return SpotData(

@@ -80,13 +80,13 @@ def store_around(place: Path) -> Path | None:
 
 def elements(store: Path) -> set[tuple[str, str]]:
     """Return kind and name of every element in the folder of a store, whether in the consolidated metadata or not."""
-    found = set()
-    for kind in KINDS:
-        if (store / kind).is_dir():
-            for path in (store / kind).iterdir():
-                if not path.name.startswith(".") and any((path / name).is_file() for name in ROOT_FILES):
-                    found.add((kind, path.name))
-    return found
+    return {
+        (kind, path.name)
+        for kind in KINDS
+        if (store / kind).is_dir()
+        for path in (store / kind).iterdir()
+        if not path.name.startswith(".") and any((path / name).is_file() for name in ROOT_FILES)
+    }
 
 
 def fingerprints(store: Path) -> dict[tuple[str, str], Fingerprint]:
@@ -146,14 +146,13 @@ def _user_attrs(attrs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _as_json(value: Any) -> str:
+    def plain(part: Any) -> Any:
+        return part.tolist() if isinstance(part, np.generic | np.ndarray) else repr(part)
+
     try:
-        return json.dumps(json.loads(json.dumps(value, default=_plain)), sort_keys=True)
+        return json.dumps(json.loads(json.dumps(value, default=plain)), sort_keys=True)
     except (TypeError, ValueError):
         return repr(value)
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else repr(value)
 
 
 def saved_by(attrs: Mapping[str, Any]) -> dict[str, str]:

@@ -128,14 +128,10 @@ def running_client(client: Any) -> None:
     """Check that ``client`` is a running client of dask.distributed."""
     from distributed import Client
 
-    if not isinstance(client, Client):
-        raise TypeError(
-            f"`client` is of type {type(client).__name__}; a distributed.Client is needed: Client('tcp://ADDRESS:8786')"
-        )
+    instance(client, Client, "client", "a distributed.Client, as made by Client('tcp://ADDRESS:8786'),")
     if client.asynchronous or client.status != "running":
-        raise ValueError(
-            f"`client` is {'asynchronous' if client.asynchronous else client.status}; a running, synchronous client is needed"
-        )
+        found = "asynchronous" if client.asynchronous else client.status
+        raise ValueError(f"`client` is {found}; a running, synchronous client is needed")
 
 
 def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> list[Any]:
@@ -145,10 +141,9 @@ def names(value: Any, parameter: str, *, least: int = 0, one: bool = False) -> l
         if one:
             return [value]
         raise ValueError(f"`{parameter}` is the text {value!r}; a list is needed: [{value!r}]")
-    if isinstance(value, Mapping | bytes) or not isinstance(value, Iterable):
-        raise ValueError(f"`{parameter}` is {value!r}; a list of {what} is needed")
-    found = list(value)
-    if len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
+    is_list = isinstance(value, Iterable) and not isinstance(value, Mapping | bytes)
+    found: Any = list(value) if is_list else value
+    if not is_list or len(found) < least or not all(isinstance(part, str | int | float | np.generic) for part in found):
         number = f", at least {least}," if least else ""
         raise ValueError(f"`{parameter}` is {found!r}; a list of {what}{number} is needed")
     return found
@@ -189,20 +184,17 @@ def arguments(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     Call it first in a public function, as ``validate.arguments(predict, locals())``: a decorator would add a frame, and
     warnings would no longer point at the caller. The function itself checks parameters with other annotations.
     """
-    further = [
-        name for name, value in inspect.signature(function).parameters.items() if value.kind is value.VAR_KEYWORD
-    ]
-    given = {**given, **{key: value for name in further for key, value in given.get(name, {}).items()}}
-    for name, check in _checks(function).items():
-        if name in given:
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given = {**given, **given.get(name, {})}
+    for name, check, is_optional in _checks(function):
+        if name in given and not (is_optional and given[name] is None):
             check(given[name], name)
     for value in given.values():
-        several = (
-            value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
-        )
-        for one in several:
-            if hasattr(one, "gen_elements"):
-                note(one)
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            if hasattr(part, "gen_elements"):
+                note(part)
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -232,20 +224,21 @@ class Checked:
 
 
 @functools.cache
-def _checks(function: Callable[..., Any]) -> dict[str, Callable[[Any, str], Any]]:
-    found = {name: _check_of(parameter) for name, parameter in parameters(function).items()}
-    return {name: check for name, check in found.items() if check is not None}
+def _checks(function: Callable[..., Any]) -> list[tuple[str, Callable[[Any, str], Any], bool]]:
+    """Return the parameters that have a check by their annotation, the check, and whether ``None`` is valid."""
+    found = []
+    for name, parameter in parameters(function).items():
+        text = inspect.formatannotation(parameter.annotation)
+        kinds = {kind.strip(" '").partition("[")[0] for kind in text.split("|")}
+        check = _check_seed if name == "seed" else _CHECKS.get(frozenset(kinds - {"None"}))
+        if check is not None:
+            found.append((name, check, "None" in kinds))
+    return found
 
 
-def _check_of(parameter: inspect.Parameter) -> Callable[[Any, str], Any] | None:
-    if parameter.name == "seed":
-        # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
-        return lambda value, name: whole_number(value, name, 0, 2**31 - 1)
-    kinds = {kind.strip(" '").partition("[")[0] for kind in inspect.formatannotation(parameter.annotation).split("|")}
-    check = _CHECKS.get(frozenset(kinds - {"None"}))
-    if check is None or "None" not in kinds:
-        return check
-    return lambda value, name: value if value is None else check(value, name)
+def _check_seed(value: Any, parameter: str) -> int:
+    # scikit-learn, leiden and numpy's legacy generators do not accept larger seeds.
+    return whole_number(value, parameter, 0, 2**31 - 1)
 
 
 def _is_real(value: object) -> bool:

