@@ -12,6 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.logs import logger
 from .._settings import settings
+from ..io._st import UnmatchedSpots, read_labels, read_st
 from ..io._text import read_table
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ def her2st(section: str) -> SpatialData:
     validate.arguments(her2st, locals())
     if section not in HER2ST_SECTIONS:
         raise ValueError(f"`section` {section!r} is unknown, valid: {', '.join(HER2ST_SECTIONS)}")
-    from ..io._st import UnmatchedSpots, read_labels, read_st
-
     counts, spots = _fetch([f"ST-cnts/{section}.tsv.gz", f"ST-spotfiles/{section}_selection.tsv"])
-    image = _image(section)
+    folder = f"{_folder(section)}/"
+    registered = (name for name in _registry() if name.startswith(folder) or name == _reduced_image(section))
+    image = local_image(section) or _find(next(registered, ""))
     spot_table = read_table(spots)
     if image is not None and image.suffix == ".png":
         spot_table = _downscaled_spots(spot_table, image, section)
@@ -156,11 +157,6 @@ def _folder(section: str) -> str:
 
 def _reduced_image(section: str) -> str:
     return f"app/{section}_HE_image_dark.png"
-
-
-def _image(section: str) -> Path | None:
-    known = (n for n in _registry() if n.startswith(f"{_folder(section)}/") or n == _reduced_image(section))
-    return local_image(section) or _find(next(known, ""))
 
 
 def _registry() -> dict[str, str]:

@@ -20,7 +20,10 @@ from .._core.expression import summarize_values
 from .._core.keys import IMAGE
 from .._core.logs import logger
 from .._core.matrix import matrix_of
-from ..io._text import check_once, read_table
+from ..io._files import described
+from ..io._raster import image_element
+from ..io._st import section_of, upright_levels
+from ..io._text import check_columns, check_once, read_table
 from ..stats import pitch_of
 from ._sections import LazySections, add_symbols, check_inside, select_mask
 
@@ -186,8 +189,6 @@ class HESTSections(LazySections):
         return files, [str(path.relative_to(self.root)) for path in files.values() if not path.is_file()]
 
     def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
-        from ..io._st import section_of, upright_image
-
         mpp = _positive_um(row, "pixel_size_um_estimated", name)
         technology = str(row["st_technology"])
         side_um = _SQUARES_UM.get(technology)
@@ -205,7 +206,8 @@ class HESTSections(LazySections):
             dataset=pd.Categorical([row["dataset_title"]] * len(obs)),
             technology=pd.Categorical([technology] * len(obs)),
         )
-        sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, {IMAGE: upright_image(files["wsi"])})
+        images = {IMAGE: image_element(upright_levels(files["wsi"]))}
+        sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, images)
         check_inside(sdata, name, files["wsi"], files["st"], _MAX_OUTSIDE)
         add_symbols(sdata["table"])
         return sdata
@@ -277,8 +279,7 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
     table = tables[-1].name if tables else "metadata"
     text = dict.fromkeys(_TEXTS, str)
     frame = read_table(tables[-1], sep=",", encoding="utf-8-sig", dtype=text) if tables else _from_json(rows)
-    if missing := [column for column in (*_TEXTS, *_NUMBERS) if column not in frame.columns]:
-        raise ValueError(f"{table} in {str(root)!r} lacks the columns {missing}; it has {list(frame.columns)}")
+    check_columns(frame, [*_TEXTS, *_NUMBERS], f"{table} in {str(root)!r}")
     for column in text:
         frame[column] = frame[column].where(frame[column].isna(), frame[column].astype(str).str.strip())
     if frame["id"].isna().any():
@@ -291,10 +292,8 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
 def _from_json(paths: list[Path]) -> pd.DataFrame:
     rows = []
     for path in paths:
-        try:
+        with described(OSError, f"{path} is damaged or not JSON", "; download it again"):
             row = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise OSError(f"{path} is damaged or not JSON ({error}); download it again") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path} holds a {type(row).__name__}; an object with the fields of the sample is needed")
         rows.append({"patient": None, "spot_diameter": None, **row, "id": row.get("id", path.stem)})
@@ -324,14 +323,8 @@ def _positive_um(row: pd.Series, column: str, section: str) -> float:
 def _open(path: Path) -> AnnData:
     import anndata
 
-    try:
+    with described(OSError, f"{path} is damaged or not an h5ad file", "; download it again"):
         table = anndata.read_h5ad(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # HDF5 raises various errors for damaged bytes
-        raise OSError(
-            f"{path} is damaged or not an h5ad file ({type(error).__name__}: {error}); download it again"
-        ) from error
     if not table.n_obs or not table.n_vars:
         raise ValueError(
             f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; at least one of each is needed"

@@ -9,6 +9,8 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import IMAGE
+from ..io._raster import build_levels, image_element
+from ..io._st import section_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -63,9 +65,6 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     """
     validate.arguments(toy, locals())
     from scipy.sparse import csr_matrix
-
-    from ..io._raster import build_levels, image_element
-    from ..io._st import section_of
 
     if len(given := validate.names(shape, "shape")) != 2:
         raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
