@@ -32,8 +32,8 @@ _METADATA = ("patient", "replicate", "type", "histology_image", "count_matrix", 
 _LABEL_COLUMNS = ("tumor_annotation", "tumor")
 _LABELS = {"tumor": "tumour", "tumour": "tumour", "yes": "tumour", "non": "normal", "no": "normal", "normal": "normal"}
 _NO_LABEL = ("", "na", "nan")
-#: Fields of a row of labels: name of the spot, array position (2), number of the outline, label.
-_N_FIELDS = 5
+#: Fields of a row of labels: name of the spot, its array position, number of the outline, label.
+_FIELDS = ("name", "x", "y", "outline", "label")
 #: Largest deviation of pixels from the lattice (root mean square), as a fraction of the pitch.
 _MAX_OFF_LATTICE = 0.25
 _MIN_WITH_COUNTS = 0.5
@@ -118,11 +118,6 @@ class HBCISSections(LazySections):
         Folder with ``metadata.csv``.
     metadata
         One row per section, indexed by its name: ``patient, replicate, type`` and the names of its files.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of a section is missing.
     """
 
     dataset = "HBCIS"
@@ -256,12 +251,12 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
     header, *rows = ([field.strip() for field in line.split("\t")] for line in lines)
     if pd.notna(pd.to_numeric(header[1:3], errors="coerce")).sum() == 2:
         raise ValueError(f"{path.name}: the first line {header} is not a header; xcoord, ycoord, lab, tumor is needed")
-    wrong = [i + 2 for i, row in enumerate(rows) if len(row) < _N_FIELDS or any(row[_N_FIELDS:])]
-    if wrong:
+    n = len(_FIELDS)
+    if wrong := [i + 2 for i, row in enumerate(rows) if len(row) < n or any(row[n:])]:
         raise ValueError(
-            f"{path.name}: {_N_FIELDS} fields per line are needed (name, x, y, outline, label), see the lines {wrong[:5]}"
+            f"{path.name}: {n} fields per line are needed ({', '.join(_FIELDS)}), see the lines {wrong[:5]}"
         )
-    frame = pd.DataFrame([row[:_N_FIELDS] for row in rows], columns=["name", "x", "y", "outline", "label"])
+    frame = pd.DataFrame([row[:n] for row in rows], columns=_FIELDS)
     located = (frame[["x", "y"]].apply(lambda column: ~column.str.lower().isin(_NO_LABEL))).all(axis=1)
     try:
         x, y = (frame.loc[located, axis].astype(float).round().astype(int).astype(str) for axis in ("x", "y"))
@@ -269,8 +264,7 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
         raise ValueError(f"{path.name}: second and third field have to be array positions: {error}") from error
     found = frame.loc[located, "label"].str.lower()
     found = found.where(~found.isin(_NO_LABEL), None)
-    unknown = sorted(set(found.dropna()) - set(_LABELS))
-    if unknown:
+    if unknown := sorted(set(found.dropna()) - set(_LABELS)):
         raise ValueError(f"{path.name} has the labels {unknown}, valid: {sorted(_LABELS)}")
     labels = pd.Series(found.map(_LABELS).to_numpy(object), index=pd.Index(x + "x" + y)).dropna()
     problems = [f"{int((~located).sum())} rows of labels without coordinates are dropped"] if not located.all() else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -137,11 +137,8 @@ def hest(
     metadata, table = _metadata(folder)
     chosen = select_mask(ids, metadata.index, "ids", table)
     unknown = {}
-    for parameter, wanted, column in (
-        ("organ", organ, "organ"),
-        ("species", species, "species"),
-        ("technology", technology, "st_technology"),
-    ):
+    for parameter, wanted in (("organ", organ), ("species", species), ("technology", technology)):
+        column = "st_technology" if parameter == "technology" else parameter
         if wanted is not None:
             unknown[column] = metadata.index[chosen & metadata[column].isna().to_numpy()]
         chosen &= select_mask(wanted, metadata[column], parameter, table, _ALIASES)
@@ -150,10 +147,7 @@ def hest(
             f"no sample of {table} is left of `ids` {ids!r}, `organ` {organ!r}, `species` {species!r} and `technology` "
             f"{technology!r}; drop one of them"
         )
-    listed, metadata = metadata.index, metadata[chosen]
-    _warn_of_others(folder, listed if ids is None else None, unknown, table)
-    if ids is None:
-        metadata = _usable(folder, metadata, table)
+    metadata = _usable(folder, metadata, chosen, unknown, table, all_listed=ids is None)
     there = metadata["species"].value_counts()
     if species is None and len(there) > 1:
         counted = ", ".join(f"{name} {n}" for name, n in there.items())
@@ -174,11 +168,6 @@ class HESTSections(LazySections):
         The folder.
     metadata
         One row per sample, indexed by its id: the table of HEST, with ``patient`` unique over data sets.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of a sample is missing.
     """
 
     dataset = "HEST-1k"
@@ -221,48 +210,51 @@ def _is_there(root: Path, name: object) -> bool:
     return any(path.is_file() for path in _files(root, str(name)).values())
 
 
-def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, pd.Index], table: str) -> None:
-    """Warn of samples in the folder that the table does not list, or for which it lacks a value to select by."""
-    names = [] if listed is None else [path.stem for path in sorted((root / "st").glob("*.h5ad"))]
-    others = {
-        f"are not in {table}": [name for name in names if listed is not None and name not in listed],
-        **{f"have no `{column}` in {table}": names for column, names in unknown.items()},
-    }
-    for problem, names in others.items():
-        if found := [name for name in names if _is_there(root, name)]:
-            warnings.warn(
-                f"{len(found)} samples in {str(root)!r} {problem} and are left out: {validate.format_list(found)}; download the "
-                "newest table, or add what is missing to it",
-                stacklevel=3,
-            )
+def _usable(
+    root: Path,
+    metadata: pd.DataFrame,
+    chosen: np.ndarray,
+    unknown: Mapping[str, pd.Index],
+    table: str,
+    *,
+    all_listed: bool,
+) -> pd.DataFrame:
+    """Return the rows of the chosen samples, with ``all_listed`` those with a file and known µm/px; warn of the others.
 
-
-def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
-    """Select samples with known µm/px of which a file exists; samples with one of two files raise later."""
-    there = [_is_there(root, name) for name in metadata.index]
-    absent = list(metadata.index[[not found for found in there]])
-    if not any(there):
+    Samples with one of two files raise later, and so do all that are named by id.
+    """
+    where, advice = f"samples in {str(root)!r}", "download the newest table, or add what is missing to it"
+    if all_listed:
+        others = [path.stem for path in sorted((root / "st").glob("*.h5ad")) if path.stem not in metadata.index]
+        _warn_left_out(others, f"{where} are not in {table}", advice)
+    for column, names in unknown.items():
+        _warn_left_out([n for n in names if _is_there(root, n)], f"{where} have no `{column}` in {table}", advice)
+    metadata = metadata[chosen]
+    if not all_listed:
+        return metadata
+    there = np.array([_is_there(root, name) for name in metadata.index])
+    absent = metadata.index[~there]
+    if not there.any():
         raise FileNotFoundError(
             f"`root` {str(root)!r} has none of the {len(metadata)} selected samples of {table}: neither st/{absent[0]}.h5ad "
             f"nor wsis/{absent[0]}.tif exists; download them from {_HUB}"
         )
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of {len(metadata)} samples that {table} lists are not in {str(root)!r} and are left out: "
-            f"{validate.format_list(absent)}; name those you need in `ids` to get an error instead",
-            stacklevel=3,
-        )
+    problem = f"of {len(metadata)} samples that {table} lists are not in {str(root)!r}"
+    _warn_left_out(absent, problem, "name those you need in `ids` to get an error instead")
     metadata = metadata[there]
     mpp = pd.to_numeric(metadata["pixel_size_um_estimated"], errors="coerce").to_numpy(float)
     scaled = np.isfinite(mpp) & (mpp > 0)
-    if scaled.any() and not scaled.all():
-        warnings.warn(
-            f"{(~scaled).sum()} samples have no `pixel_size_um_estimated` in {table} and are left out: "
-            f"{validate.format_list(metadata.index[~scaled])}; add it to the table to read them",
-            stacklevel=3,
-        )
-        metadata = metadata[scaled]
-    return metadata
+    if not scaled.any():
+        return metadata
+    problem = f"samples have no `pixel_size_um_estimated` in {table}"
+    _warn_left_out(metadata.index[~scaled], problem, "add it to the table to read them")
+    return metadata[scaled]
+
+
+def _warn_left_out(names: Sequence[str], problem: str, advice: str) -> None:
+    if len(names):
+        text = f"{len(names)} {problem} and are left out: {validate.format_list(names)}; {advice}"
+        warnings.warn(text, stacklevel=4)
 
 
 def _metadata(root: Path) -> tuple[pd.DataFrame, str]:

@@ -22,6 +22,7 @@ from .._core.mpp import stored_mpp
 from .._core.names import annotation_target, check_spelling, clean_name, clean_names, names_of, stored_colours
 from .._core.ownership import check_free, unchanged_keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
+from .._core.rasters import levels
 from .._core.results import write_result
 from .._core.slide import slides_of
 from .._core.spots import get_table, sections_of, spots_of
@@ -266,7 +267,7 @@ def _outlines(
     element, shift = spot_element(sdata, shapes_key), 0.0
     if shapes_key in sdata.labels:
         # to_polygons refers to the centres of pixels, images to their corners.
-        element, shift = to_polygons(element["scale0"]["image"] if hasattr(element, "children") else element), 0.5
+        element, shift = to_polygons(levels(element)[0]), 0.5
     chosen = element.loc[ids]
     geometry = chosen.geometry.buffer(chosen["radius"]) if "radius" in chosen else chosen.geometry
     return rows, shapely.transform(
