@@ -64,8 +64,7 @@ def hbcis(
         A sequence of ``SpatialData``, in the order of ``metadata.csv``: it has a length, can be indexed by position,
         slice or name, and iterated any number of times. Only the metadata are read at once, and files are checked to
         exist; a section is read each time it is accessed, and not kept. Each has the elements of
-        :func:`he2gene_sc.datasets.her2st`: image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (100 µm circles), table
-        ``"table"``: raw counts in ``X`` (sparse float32, spots × genes), ``obsm["spatial"]`` (pixels), and in ``obs``
+        :func:`he2gene_sc.datasets.her2st`, and in ``obs`` of the table
 
         - ``array_row``, ``array_col``, ``patient``, ``section``;
         - ``subtype`` of the patient (``"HER2_luminal"``, ``"TNBC"`` …);

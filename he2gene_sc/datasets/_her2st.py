@@ -174,11 +174,8 @@ def _local_roots() -> list[Path]:
 
 
 def _local(name: str) -> Path | None:
-    for root in _local_roots():
-        for candidate in (root / name, root / name.removeprefix("app/")):
-            if candidate.is_file():
-                return candidate
-    return None
+    places = (root / path for root in _local_roots() for path in (name, name.removeprefix("app/")))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _find(name: str) -> Path | None:

@@ -182,7 +182,7 @@ class HESTSections(LazySections):
         technology = str(row["st_technology"])
         side_um = _SQUARES_UM.get(technology)
         diameter_um = side_um or _positive_um(row, "spot_diameter", name)
-        table = _on_tissue(_open(files["st"]), name)
+        table = _open(files["st"])
         centres = _centres(table, files["st"])
         values, genes = _genes(table, files["st"], technology)
         obs = table.obs.filter(["array_row", "array_col"])
@@ -313,6 +313,7 @@ def _positive_um(row: pd.Series, column: str, section: str) -> float:
 
 
 def _open(path: Path) -> AnnData:
+    """Read the table of a sample, without spots off the tissue."""
     import anndata
 
     with described(OSError, f"{path} is damaged or not an h5ad file", "; download it again"):
@@ -322,17 +323,12 @@ def _open(path: Path) -> AnnData:
             f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; at least one of each is needed"
         )
     check_once(table.obs_names, f"{path.name} names spots")
+    if "in_tissue" in table.obs:
+        there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
+        if there.any() and not there.all():
+            logger.info("sample %s: %d spots off the tissue are left out", path.stem, (~there).sum())
+            return table[there]
     return table
-
-
-def _on_tissue(table: AnnData, section: str) -> AnnData:
-    if "in_tissue" not in table.obs:
-        return table
-    there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
-    if there.all() or not there.any():
-        return table
-    logger.info("sample %s: %d spots off the tissue are left out", section, (~there).sum())
-    return table[there]
 
 
 def _centres(table: AnnData, path: Path) -> np.ndarray:

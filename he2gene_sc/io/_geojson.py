@@ -121,9 +121,10 @@ def to_geojson(
     if annotation_key is not None:
         validate.key_in(annotation_key, table.obs.columns, "annotation_key")
     slides = slides_of(sdata, table, prediction_key)
-    slide = slides[0] if shapes_key is None else {s.shapes_key: s for s in slides}.get(shapes_key)
-    if slide is None or (shapes_key is None and len(slides) > 1):
+    chosen = [slide for slide in slides if shapes_key in (None, slide.shapes_key)]
+    if len(chosen) != 1:
         raise ValueError(f"`shapes_key` is {shapes_key!r}; one of {[s.shapes_key for s in slides]} is needed")
+    (slide,) = chosen
     rows, outlines = _outlines(sdata, table, slide.shapes_key, slide.image_key, slide.coordinate_system)
     own = table[rows]
     values = pd.DataFrame(dense(matrix_of(own[:, columns], name)), columns=names, index=own.obs_names)

@@ -132,9 +132,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def check_place(target: Path, n_bytes: int) -> None:
     """Raise, before any work, if a store cannot be written, or the disk has no room for ``n_bytes``."""
-    folder = target if target.exists() else target.parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(place for place in (target, *target.parents) if place.exists())
     inside = [folder]
     if folder == target:
         with locked(target):
@@ -159,7 +157,6 @@ def least_bytes(sdata: SpatialData, *, images: bool) -> int:
 
 
 def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
-    """Write the whole object to a new store."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:

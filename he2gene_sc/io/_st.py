@@ -125,7 +125,6 @@ def read_st(
 
 
 def _raw_counts(counts: pd.DataFrame, section: str) -> tuple[np.ndarray, pd.Index]:
-    """Return counts and genes, checked."""
     values, genes = counts.to_numpy(), pd.Index(counts.columns.astype(str).str.strip())
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
         raise ValueError(f"`counts` of section {section!r} are not raw counts: whole numbers from 0 are needed")
@@ -179,7 +178,6 @@ def upright_levels(path: Path) -> list[Any]:
 
 
 def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
-    """Return the labels of the spots; raise if none has a label."""
     found = labels.reindex(ids)
     if labels.notna().any() and not found.notna().any():
         raise ValueError(
