@@ -30,7 +30,7 @@ class Block:
 
 
 def plan_blocks(
-    extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int = BLOCK_BYTES
+    extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int
 ) -> list[Block]:
     """Group spots into blocks of an image, each of which is read at once.
 

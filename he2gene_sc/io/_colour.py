@@ -28,34 +28,26 @@ class Colour:
     order: tuple[int, ...] = ()  # positions of the channels that are used; empty: as stored
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8."""
+        """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8; ink and luminance with chroma are uint8, ink from 0 for none."""
         if self.order:
             samples = samples[list(self.order)]
         if self.kind == "palette":
             return self.palette[:, np.minimum(samples[0], self.palette.shape[1] - 1)]
         if self.kind == "ink":
-            return ink_to_rgb(samples)
+            # As Pillow does.
+            light = 255 - samples[3].astype(np.uint16)
+            product = samples[:3] * light + 128
+            return (light - ((product + (product >> 8)) >> 8)).astype(np.uint8)
         if self.kind == "ycbcr":
-            return ycbcr_to_rgb(samples)
+            # Full range, ITU-R BT.601.
+            y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
+            cb, cr = cb - 128, cr - 128
+            rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
+            return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
         if self.kind == "premultiplied":
             colours, alpha = samples[:3].astype(np.float32) * self.factor, samples[3:] * np.float32(self.factor)
             return np.rint(np.clip(colours + 255 - alpha, 0, 255)).astype(np.uint8)
         return to_rgb_uint8(samples, self.factor, paint_black=False)
-
-
-def ink_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Convert cyan, magenta, yellow and black, ``(4, h, w)`` uint8 with 0 for no ink, to RGB, as Pillow does."""
-    light = 255 - samples[3].astype(np.uint16)
-    product = samples[:3] * light + 128
-    return (light - ((product + (product >> 8)) >> 8)).astype(np.uint8)
-
-
-def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Convert full-range luminance and chroma (ITU-R BT.601), ``(3, h, w)`` uint8, to RGB."""
-    y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
-    cb, cr = cb - 128, cr - 128
-    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
-    return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
 
 
 def colour_of(page: tifffile.TiffPage, sample: np.ndarray, name: str, order: list[int] | None = None) -> Colour:

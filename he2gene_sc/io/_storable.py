@@ -105,16 +105,16 @@ def storable(where: str, table: AnnData) -> AnnData:
 def _convert(where: str, value: Any) -> Any:
     """Return the value itself, or a conversion that keeps missing values."""
     if isinstance(value, Mapping | pd.DataFrame):
-        is_frame = isinstance(value, pd.DataFrame)
-        check_names(value, f"{where} has {'a column named' if is_frame else 'the key'}")
-        if is_frame and value.columns.has_duplicates:
+        frame: Any = value if isinstance(value, pd.DataFrame) else None
+        check_names(value, f"{where} has {'the key' if frame is None else 'a column named'}")
+        if frame is not None and frame.columns.has_duplicates:
             return value  # anndata raises, with the name
         parts = {key: value[key] for key in value}
         made = {key: _convert(f"{where}[{key!r}]", part) for key, part in parts.items()}
         changed = {key: part for key, part in made.items() if part is not parts[key]}
         if not changed:
             return value
-        return value.assign(**changed) if is_frame else made
+        return made if frame is None else frame.assign(**changed)
     if isinstance(value, pd.Series) and value.dtype == object:
         return _convert_column(where, value)
     if isinstance(getattr(value, "dtype", None), pd.CategoricalDtype):

@@ -140,7 +140,7 @@ def is_tiled(series: tifffile.TiffPageSeries) -> bool:
 
 
 def tiled_levels(
-    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path, order: list[int] | None = None
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path, order: list[int] | None
 ) -> list[TiledImage]:
     """Return the levels of a tiled image, finest first; decode some tiles of each to detect damage early."""
     number = file.series.index(series)

@@ -122,10 +122,10 @@ class TiledImage:
         n = self._grid[0] * self._grid[1]
         lacks = np.ones(n, bool)
         for plane in self._open():
-            sizes = np.asarray(plane.sizes, np.int64)[: n * (self._n_samples if self._planar else 1)]
-            there = np.zeros(-(-max(len(sizes), 1) // n) * n, bool)
-            there[: len(sizes)] = sizes > 0
-            lacks &= ~there.reshape(-1, n).any(axis=0)
+            sizes = np.zeros((self._n_samples if self._planar else 1, n), np.int64)
+            given = plane.sizes[: sizes.size]
+            sizes.flat[: len(given)] = given
+            lacks &= ~sizes.any(axis=0)
         return lacks.reshape(self._grid)
 
     def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
@@ -238,24 +238,21 @@ def _close(process: int, descriptors: tuple[int, ...]) -> None:
 
 def _full_index(key: Any) -> tuple[Any, Any, Any]:
     """Expand an index to three axes."""
-    key = (*key, Ellipsis) if isinstance(key, tuple) else (key, Ellipsis)
+    parts = [*(key if isinstance(key, tuple) else (key,)), Ellipsis]
     # Not `index`, which compares arrays elementwise.
-    at = next(i for i, part in enumerate(key) if part is Ellipsis)
-    after = [part for part in key[at + 1 :] if part is not Ellipsis]
+    at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+    after = [part for part in parts[at + 1 :] if part is not Ellipsis]
     if at + len(after) > 3:
         raise IndexError(f"an image has 3 axes, {at + len(after)} were indexed")
-    channels, rows, columns = (*key[:at], *[slice(None)] * (3 - at - len(after)), *after)
+    whole: list[Any] = [slice(None)] * (3 - at - len(after))
+    channels, rows, columns = [*parts[:at], *whole, *after]
     return channels, rows, columns
 
 
 def _bounds(key: Any, size: int) -> tuple[int, int, Any]:
     """Return the first and last row (exclusive) that an index needs, and the index relative to them."""
-    if isinstance(key, slice):
-        chosen = range(*key.indices(size))
-        if not chosen:
-            return 0, 0, slice(0, 0)
-        return min(chosen), max(chosen) + 1, slice(None, None, chosen.step)
-    index = np.arange(size)[key]
-    if index.size == 0:
-        return 0, 0, index
-    return int(index.min()), int(index.max()) + 1, index - index.min()
+    chosen = np.arange(size)[key]
+    if chosen.size == 0:
+        return 0, 0, chosen
+    first = int(chosen.min())
+    return first, int(chosen.max()) + 1, slice(None, None, key.step) if isinstance(key, slice) else chosen - first
