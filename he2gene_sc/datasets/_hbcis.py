@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import warnings
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ import pandas as pd
 
 from .._core import validate
 from .._core.logs import logger
+from ..io._files import described
+from ..io._st import fit_lattice, read_st
 from ..io._text import check_columns, check_header, check_once, read_table
 from ._sections import LazySections, add_symbols, check_inside, select_mask
 
@@ -31,8 +32,8 @@ _METADATA = ("patient", "replicate", "type", "histology_image", "count_matrix", 
 _LABEL_COLUMNS = ("tumor_annotation", "tumor")
 _LABELS = {"tumor": "tumour", "tumour": "tumour", "yes": "tumour", "non": "normal", "no": "normal", "normal": "normal"}
 _NO_LABEL = ("", "na", "nan")
-#: Fields of a row of labels: name of the spot, array position (2), number of the outline, label.
-_N_FIELDS = 5
+#: Fields of a row of labels: name of the spot, its array position, number of the outline, label.
+_FIELDS = ("name", "x", "y", "outline", "label")
 #: Largest deviation of pixels from the lattice (root mean square), as a fraction of the pitch.
 _MAX_OFF_LATTICE = 0.25
 _MIN_WITH_COUNTS = 0.5
@@ -63,8 +64,7 @@ def hbcis(
         A sequence of ``SpatialData``, in the order of ``metadata.csv``: it has a length, can be indexed by position,
         slice or name, and iterated any number of times. Only the metadata are read at once, and files are checked to
         exist; a section is read each time it is accessed, and not kept. Each has the elements of
-        :func:`he2gene_sc.datasets.her2st`: image ``"he"`` (multiscale, uint8), shapes ``"spots"`` (100 µm circles), table
-        ``"table"``: raw counts in ``X`` (sparse float32, spots × genes), ``obsm["spatial"]`` (pixels), and in ``obs``
+        :func:`he2gene_sc.datasets.her2st`, and in ``obs`` of the table
 
         - ``array_row``, ``array_col``, ``patient``, ``section``;
         - ``subtype`` of the patient (``"HER2_luminal"``, ``"TNBC"`` …);
@@ -99,7 +99,7 @@ def hbcis(
     >>> model = hg.tl.train(train, genes=genes)  # doctest: +SKIP
     """
     validate.arguments(hbcis, locals())
-    folder = _folder(Path(root).expanduser())
+    folder = _folder(validate.folder_or_file(root, "root"))
     metadata = _metadata(folder / "metadata.csv")
     chosen = select_mask(patients, metadata["patient"], "patients", "metadata.csv")
     chosen &= select_mask(sections, metadata.index, "sections", "metadata.csv")
@@ -117,11 +117,6 @@ class HBCISSections(LazySections):
         Folder with ``metadata.csv``.
     metadata
         One row per section, indexed by its name: ``patient, replicate, type`` and the names of its files.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of a section is missing.
     """
 
     dataset = "HBCIS"
@@ -139,7 +134,35 @@ class HBCISSections(LazySections):
         return files, problems
 
     def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
-        return _read_section(files, section=name, patient=row["patient"], subtype=row["type"])
+        spots = _spots(files["spot_coordinates"])
+        counts = _counts(files["count_matrix"])
+        with_counts = spots.index.isin(counts.index)
+        if with_counts.mean() < _MIN_WITH_COUNTS:
+            raise ValueError(
+                f"section {name!r}: {int(with_counts.sum())} of {len(spots)} spots of {files['spot_coordinates'].name} have "
+                f"counts in {files['count_matrix'].name}; check that the files belong together"
+            )
+        logger.info("section %s: %d positions off the tissue left out", name, (~counts.index.isin(spots.index)).sum())
+        labels, problems = _labels(files["tumor_annotation"])
+        spots = spots[with_counts]
+        if not with_counts.all():
+            problems.insert(0, f"{int((~with_counts).sum())} spots without counts are dropped")
+        if len(labels) and not labels.index.isin(counts.index).any():
+            raise ValueError(
+                f"section {name!r}: no label of {files['tumor_annotation'].name} belongs to a spot of the counts "
+                f"({list(labels.index[:3])} and {list(counts.index[:3])}); check that the files belong together"
+            )
+        if problems:
+            warnings.warn(f"section {name!r}: {'; '.join(problems)}", stacklevel=3)
+        sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=name, patient=row["patient"])
+        check_inside(sdata, name, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
+        obs = sdata["table"].obs
+        label = labels.reindex(obs.index)
+        obs["subtype"] = pd.Categorical([row["type"]] * len(obs))
+        obs["pathologist"] = obs["annotation"] = pd.Categorical(label)
+        obs["annotation_source"] = pd.Categorical(label.where(label.isna(), "pathologist"))
+        add_symbols(sdata["table"])
+        return sdata
 
 
 def _folder(root: Path) -> Path:
@@ -157,11 +180,8 @@ def _folder(root: Path) -> Path:
 def _metadata(path: Path) -> pd.DataFrame:
     """Read the metadata, one row per section, with the label file in ``tumor_annotation``."""
     frame = read_table(path, sep=",", dtype=str)
-    label = next((column for column in _LABEL_COLUMNS if column in frame.columns), None)
-    missing = [column for column in _METADATA if column not in frame.columns]
-    if missing or label is None:
-        missing += [] if label is not None else [" or ".join(_LABEL_COLUMNS)]
-        raise ValueError(f"{path} lacks the columns {missing}; it has {list(frame.columns)}")
+    label = next((column for column in _LABEL_COLUMNS if column in frame.columns), " or ".join(_LABEL_COLUMNS))
+    check_columns(frame, [*_METADATA, label], str(path))
     frame = frame[[*_METADATA, label]].set_axis([*_METADATA, _LABEL_COLUMNS[0]], axis=1)
     if frame.isna().to_numpy().any():
         rows = [int(i) + 2 for i in frame.index[frame.isna().any(axis=1)]]
@@ -170,41 +190,6 @@ def _metadata(path: Path) -> pd.DataFrame:
     frame = frame.set_axis(pd.Index(frame["patient"] + "_" + frame["replicate"], name="section"), axis=0)
     check_once(frame.index, f"{path} names sections")
     return frame
-
-
-def _read_section(files: Mapping[str, Path], *, section: str, patient: str, subtype: str) -> SpatialData:
-    """Read a section from its files (by column of the metadata), see :func:`he2gene_sc.datasets.hbcis`."""
-    from ..io._st import read_st
-
-    spots = _spots(files["spot_coordinates"])
-    counts = _counts(files["count_matrix"])
-    with_counts = spots.index.isin(counts.index)
-    if with_counts.mean() < _MIN_WITH_COUNTS:
-        raise ValueError(
-            f"section {section!r}: {int(with_counts.sum())} of {len(spots)} spots of {files['spot_coordinates'].name} have "
-            f"counts in {files['count_matrix'].name}; check that the files belong together"
-        )
-    logger.info("section %s: %d positions off the tissue left out", section, (~counts.index.isin(spots.index)).sum())
-    labels, problems = _labels(files["tumor_annotation"])
-    spots = spots[with_counts]
-    if not with_counts.all():
-        problems.insert(0, f"{int((~with_counts).sum())} spots without counts are dropped")
-    if len(labels) and not labels.index.isin(counts.index).any():
-        raise ValueError(
-            f"section {section!r}: no label of {files['tumor_annotation'].name} belongs to a spot of the counts "
-            f"({list(labels.index[:3])} and {list(counts.index[:3])}); check that the files belong together"
-        )
-    if problems:
-        warnings.warn(f"section {section!r}: {'; '.join(problems)}", stacklevel=3)
-    sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=section, patient=patient)
-    check_inside(sdata, section, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
-    obs = sdata["table"].obs
-    label = labels.reindex(obs.index)
-    obs["subtype"] = pd.Categorical([subtype] * len(obs))
-    obs["pathologist"] = obs["annotation"] = pd.Categorical(label)
-    obs["annotation_source"] = pd.Categorical(label.where(label.isna(), "pathologist"))
-    add_symbols(sdata["table"])
-    return sdata
 
 
 def _ids(names: pd.Index, path: Path) -> pd.Index:
@@ -228,24 +213,15 @@ def _spots(path: Path) -> pd.DataFrame:
     pixels = frame[["X", "Y"]].to_numpy(dtype=float)
     if not np.isfinite(pixels).all():
         raise ValueError(f"{path.name}: spots {list(ids[~np.isfinite(pixels).all(axis=1)][:5])} have no pixels")
-    _check_lattice(position, pixels, path)
-    return pd.DataFrame(np.hstack([position, pixels]), index=ids, columns=["x", "y", "pixel_x", "pixel_y"])
-
-
-def _check_lattice(position: np.ndarray, pixels: np.ndarray, path: Path) -> None:
-    design = np.column_stack([position, np.ones(len(position))])
-    if np.linalg.matrix_rank(design) < 3:
-        raise ValueError(
-            f"{path.name}: the resolution cannot be estimated from {len(position)} spots in one row or column"
-        )
-    fit = np.linalg.lstsq(design, pixels, rcond=None)[0]
-    pitch = np.sqrt(abs(np.linalg.det(fit[:2])))
-    off = np.sqrt(np.square(pixels - design @ fit).sum(axis=1).mean())
+    problem = f"{path.name}: the resolution cannot be estimated from {len(position)} spots in one row or column"
+    pitch, residuals = fit_lattice(position, pixels, problem)
+    off = np.sqrt(np.square(residuals).sum(axis=1).mean())
     if not off <= _MAX_OFF_LATTICE * pitch:
         raise ValueError(
             f"{path.name}: the pixels differ by {off:.0f} px from the array positions in the spot names (pitch {pitch:.0f} px); "
             "check that names and pixels are of one section"
         )
+    return pd.DataFrame(np.hstack([position, pixels]), index=ids, columns=["x", "y", "pixel_x", "pixel_y"])
 
 
 def _counts(path: Path) -> pd.DataFrame:
@@ -265,26 +241,21 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
     Lines end in a carriage return, and the header lacks a name, so fields are read by position.
     """
     opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as stream:
-            lines = [line.split("\t") for line in stream.read().splitlines() if line.strip()]
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path.name} is damaged or not a text file: {error}") from error
+    with described(ValueError, f"{path.name} is damaged or not a text file"), opened(path, "rt", encoding="utf-8") as f:
+        lines = [line for line in f.read().splitlines() if line.strip()]
     if len(lines) < 2:
         raise ValueError(
             f"{path.name} has no labels: a header and a line for each spot are needed, found {len(lines)} lines"
         )
-    if _is_number(lines[0][1:2]) and _is_number(lines[0][2:3]):
+    header, *rows = ([field.strip() for field in line.split("\t")] for line in lines)
+    if pd.notna(pd.to_numeric(header[1:3], errors="coerce")).sum() == 2:
+        raise ValueError(f"{path.name}: the first line {header} is not a header; xcoord, ycoord, lab, tumor is needed")
+    n = len(_FIELDS)
+    if wrong := [i + 2 for i, row in enumerate(rows) if len(row) < n or any(row[n:])]:
         raise ValueError(
-            f"{path.name}: the first line {lines[0]} is not a header; xcoord, ycoord, lab, tumor is needed"
+            f"{path.name}: {n} fields per line are needed ({', '.join(_FIELDS)}), see the lines {wrong[:5]}"
         )
-    rows = [[field.strip() for field in line] for line in lines[1:]]
-    wrong = [i + 2 for i, row in enumerate(rows) if len(row) < _N_FIELDS or any(row[_N_FIELDS:])]
-    if wrong:
-        raise ValueError(
-            f"{path.name}: {_N_FIELDS} fields per line are needed (name, x, y, outline, label), see the lines {wrong[:5]}"
-        )
-    frame = pd.DataFrame([row[:_N_FIELDS] for row in rows], columns=["name", "x", "y", "outline", "label"])
+    frame = pd.DataFrame([row[:n] for row in rows], columns=_FIELDS)
     located = (frame[["x", "y"]].apply(lambda column: ~column.str.lower().isin(_NO_LABEL))).all(axis=1)
     try:
         x, y = (frame.loc[located, axis].astype(float).round().astype(int).astype(str) for axis in ("x", "y"))
@@ -292,8 +263,7 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
         raise ValueError(f"{path.name}: second and third field have to be array positions: {error}") from error
     found = frame.loc[located, "label"].str.lower()
     found = found.where(~found.isin(_NO_LABEL), None)
-    unknown = sorted(set(found.dropna()) - set(_LABELS))
-    if unknown:
+    if unknown := sorted(set(found.dropna()) - set(_LABELS)):
         raise ValueError(f"{path.name} has the labels {unknown}, valid: {sorted(_LABELS)}")
     labels = pd.Series(found.map(_LABELS).to_numpy(object), index=pd.Index(x + "x" + y)).dropna()
     problems = [f"{int((~located).sum())} rows of labels without coordinates are dropped"] if not located.all() else []
@@ -303,10 +273,3 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
         problems.append(f"{len(conflicting)} spots with two different labels are left without one")
         labels = labels.drop(conflicting)
     return labels[~labels.index.duplicated()], problems
-
-
-def _is_number(fields: list[str]) -> bool:
-    try:
-        return bool([float(field) for field in fields])
-    except ValueError:
-        return False

@@ -12,6 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.logs import logger
 from .._settings import settings
+from ..io._st import UnmatchedSpots, read_labels, read_st
 from ..io._text import read_table
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ def her2st(section: str) -> SpatialData:
     validate.arguments(her2st, locals())
     if section not in HER2ST_SECTIONS:
         raise ValueError(f"`section` {section!r} is unknown, valid: {', '.join(HER2ST_SECTIONS)}")
-    from ..io._st import UnmatchedSpots, read_labels, read_st
-
     counts, spots = _fetch([f"ST-cnts/{section}.tsv.gz", f"ST-spotfiles/{section}_selection.tsv"])
-    image = _image(section)
+    folder = f"{_folder(section)}/"
+    registered = (name for name in _registry() if name.startswith(folder) or name == _reduced_image(section))
+    image = local_image(section) or _find(next(registered, ""))
     spot_table = read_table(spots)
     if image is not None and image.suffix == ".png":
         spot_table = _downscaled_spots(spot_table, image, section)
@@ -158,11 +159,6 @@ def _reduced_image(section: str) -> str:
     return f"app/{section}_HE_image_dark.png"
 
 
-def _image(section: str) -> Path | None:
-    known = (n for n in _registry() if n.startswith(f"{_folder(section)}/") or n == _reduced_image(section))
-    return local_image(section) or _find(next(known, ""))
-
-
 def _registry() -> dict[str, str]:
     text = Path(__file__).with_name("her2st_sha256.txt").read_text(encoding="utf-8")
     return {name: digest for digest, name in (line.split("  ", 1) for line in text.splitlines())}
@@ -178,11 +174,8 @@ def _local_roots() -> list[Path]:
 
 
 def _local(name: str) -> Path | None:
-    for root in _local_roots():
-        for candidate in (root / name, root / name.removeprefix("app/")):
-            if candidate.is_file():
-                return candidate
-    return None
+    places = (root / path for root in _local_roots() for path in (name, name.removeprefix("app/")))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _find(name: str) -> Path | None:

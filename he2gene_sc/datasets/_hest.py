@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,10 @@ from .._core.expression import summarize_values
 from .._core.keys import IMAGE
 from .._core.logs import logger
 from .._core.matrix import matrix_of
-from ..io._text import check_once, read_table
+from ..io._files import described
+from ..io._raster import image_element
+from ..io._st import section_of, upright_levels
+from ..io._text import check_columns, check_once, read_table
 from ..stats import pitch_of
 from ._sections import LazySections, add_symbols, check_inside, select_mask
 
@@ -134,11 +137,8 @@ def hest(
     metadata, table = _metadata(folder)
     chosen = select_mask(ids, metadata.index, "ids", table)
     unknown = {}
-    for parameter, wanted, column in (
-        ("organ", organ, "organ"),
-        ("species", species, "species"),
-        ("technology", technology, "st_technology"),
-    ):
+    for parameter, wanted in (("organ", organ), ("species", species), ("technology", technology)):
+        column = "st_technology" if parameter == "technology" else parameter
         if wanted is not None:
             unknown[column] = metadata.index[chosen & metadata[column].isna().to_numpy()]
         chosen &= select_mask(wanted, metadata[column], parameter, table, _ALIASES)
@@ -147,10 +147,7 @@ def hest(
             f"no sample of {table} is left of `ids` {ids!r}, `organ` {organ!r}, `species` {species!r} and `technology` "
             f"{technology!r}; drop one of them"
         )
-    listed, metadata = metadata.index, metadata[chosen]
-    _warn_of_others(folder, listed if ids is None else None, unknown, table)
-    if ids is None:
-        metadata = _usable(folder, metadata, table)
+    metadata = _usable(folder, metadata, chosen, unknown, table, all_listed=ids is None)
     there = metadata["species"].value_counts()
     if species is None and len(there) > 1:
         counted = ", ".join(f"{name} {n}" for name, n in there.items())
@@ -171,11 +168,6 @@ class HESTSections(LazySections):
         The folder.
     metadata
         One row per sample, indexed by its id: the table of HEST, with ``patient`` unique over data sets.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of a sample is missing.
     """
 
     dataset = "HEST-1k"
@@ -186,13 +178,11 @@ class HESTSections(LazySections):
         return files, [str(path.relative_to(self.root)) for path in files.values() if not path.is_file()]
 
     def _read(self, name: str, files: Mapping[str, Path], row: pd.Series) -> SpatialData:
-        from ..io._st import section_of, upright_image
-
         mpp = _positive_um(row, "pixel_size_um_estimated", name)
         technology = str(row["st_technology"])
         side_um = _SQUARES_UM.get(technology)
         diameter_um = side_um or _positive_um(row, "spot_diameter", name)
-        table = _on_tissue(_open(files["st"]), name)
+        table = _open(files["st"])
         centres = _centres(table, files["st"])
         values, genes = _genes(table, files["st"], technology)
         obs = table.obs.filter(["array_row", "array_col"])
@@ -205,7 +195,8 @@ class HESTSections(LazySections):
             dataset=pd.Categorical([row["dataset_title"]] * len(obs)),
             technology=pd.Categorical([technology] * len(obs)),
         )
-        sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, {IMAGE: upright_image(files["wsi"])})
+        images = {IMAGE: image_element(upright_levels(files["wsi"]))}
+        sdata = section_of(values, obs, genes, centres, diameter_um / mpp, mpp, images)
         check_inside(sdata, name, files["wsi"], files["st"], _MAX_OUTSIDE)
         add_symbols(sdata["table"])
         return sdata
@@ -219,48 +210,51 @@ def _is_there(root: Path, name: object) -> bool:
     return any(path.is_file() for path in _files(root, str(name)).values())
 
 
-def _warn_of_others(root: Path, listed: pd.Index | None, unknown: Mapping[str, pd.Index], table: str) -> None:
-    """Warn of samples in the folder that the table does not list, or for which it lacks a value to select by."""
-    names = [] if listed is None else [path.stem for path in sorted((root / "st").glob("*.h5ad"))]
-    others = {
-        f"are not in {table}": [name for name in names if listed is not None and name not in listed],
-        **{f"have no `{column}` in {table}": names for column, names in unknown.items()},
-    }
-    for problem, names in others.items():
-        if found := [name for name in names if _is_there(root, name)]:
-            warnings.warn(
-                f"{len(found)} samples in {str(root)!r} {problem} and are left out: {validate.format_list(found)}; download the "
-                "newest table, or add what is missing to it",
-                stacklevel=3,
-            )
+def _usable(
+    root: Path,
+    metadata: pd.DataFrame,
+    chosen: np.ndarray,
+    unknown: Mapping[str, pd.Index],
+    table: str,
+    *,
+    all_listed: bool,
+) -> pd.DataFrame:
+    """Return the rows of the chosen samples, with ``all_listed`` those with a file and known µm/px; warn of the others.
 
-
-def _usable(root: Path, metadata: pd.DataFrame, table: str) -> pd.DataFrame:
-    """Select samples with known µm/px of which a file exists; samples with one of two files raise later."""
-    there = [_is_there(root, name) for name in metadata.index]
-    absent = list(metadata.index[[not found for found in there]])
-    if not any(there):
+    Samples with one of two files raise later, and so do all that are named by id.
+    """
+    where, advice = f"samples in {str(root)!r}", "download the newest table, or add what is missing to it"
+    if all_listed:
+        others = [path.stem for path in sorted((root / "st").glob("*.h5ad")) if path.stem not in metadata.index]
+        _warn_left_out(others, f"{where} are not in {table}", advice)
+    for column, names in unknown.items():
+        _warn_left_out([n for n in names if _is_there(root, n)], f"{where} have no `{column}` in {table}", advice)
+    metadata = metadata[chosen]
+    if not all_listed:
+        return metadata
+    there = np.array([_is_there(root, name) for name in metadata.index])
+    absent = metadata.index[~there]
+    if not there.any():
         raise FileNotFoundError(
             f"`root` {str(root)!r} has none of the {len(metadata)} selected samples of {table}: neither st/{absent[0]}.h5ad "
             f"nor wsis/{absent[0]}.tif exists; download them from {_HUB}"
         )
-    if absent:
-        warnings.warn(
-            f"{len(absent)} of {len(metadata)} samples that {table} lists are not in {str(root)!r} and are left out: "
-            f"{validate.format_list(absent)}; name those you need in `ids` to get an error instead",
-            stacklevel=3,
-        )
+    problem = f"of {len(metadata)} samples that {table} lists are not in {str(root)!r}"
+    _warn_left_out(absent, problem, "name those you need in `ids` to get an error instead")
     metadata = metadata[there]
     mpp = pd.to_numeric(metadata["pixel_size_um_estimated"], errors="coerce").to_numpy(float)
     scaled = np.isfinite(mpp) & (mpp > 0)
-    if scaled.any() and not scaled.all():
-        warnings.warn(
-            f"{(~scaled).sum()} samples have no `pixel_size_um_estimated` in {table} and are left out: "
-            f"{validate.format_list(metadata.index[~scaled])}; add it to the table to read them",
-            stacklevel=3,
-        )
-        metadata = metadata[scaled]
-    return metadata
+    if not scaled.any():
+        return metadata
+    problem = f"samples have no `pixel_size_um_estimated` in {table}"
+    _warn_left_out(metadata.index[~scaled], problem, "add it to the table to read them")
+    return metadata[scaled]
+
+
+def _warn_left_out(names: Sequence[str], problem: str, advice: str) -> None:
+    if len(names):
+        text = f"{len(names)} {problem} and are left out: {validate.format_list(names)}; {advice}"
+        warnings.warn(text, stacklevel=4)
 
 
 def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
@@ -277,8 +271,7 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
     table = tables[-1].name if tables else "metadata"
     text = dict.fromkeys(_TEXTS, str)
     frame = read_table(tables[-1], sep=",", encoding="utf-8-sig", dtype=text) if tables else _from_json(rows)
-    if missing := [column for column in (*_TEXTS, *_NUMBERS) if column not in frame.columns]:
-        raise ValueError(f"{table} in {str(root)!r} lacks the columns {missing}; it has {list(frame.columns)}")
+    check_columns(frame, [*_TEXTS, *_NUMBERS], f"{table} in {str(root)!r}")
     for column in text:
         frame[column] = frame[column].where(frame[column].isna(), frame[column].astype(str).str.strip())
     if frame["id"].isna().any():
@@ -291,10 +284,8 @@ def _metadata(root: Path) -> tuple[pd.DataFrame, str]:
 def _from_json(paths: list[Path]) -> pd.DataFrame:
     rows = []
     for path in paths:
-        try:
+        with described(OSError, f"{path} is damaged or not JSON", "; download it again"):
             row = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise OSError(f"{path} is damaged or not JSON ({error}); download it again") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path} holds a {type(row).__name__}; an object with the fields of the sample is needed")
         rows.append({"patient": None, "spot_diameter": None, **row, "id": row.get("id", path.stem)})
@@ -322,32 +313,22 @@ def _positive_um(row: pd.Series, column: str, section: str) -> float:
 
 
 def _open(path: Path) -> AnnData:
+    """Read the table of a sample, without spots off the tissue."""
     import anndata
 
-    try:
+    with described(OSError, f"{path} is damaged or not an h5ad file", "; download it again"):
         table = anndata.read_h5ad(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # HDF5 raises various errors for damaged bytes
-        raise OSError(
-            f"{path} is damaged or not an h5ad file ({type(error).__name__}: {error}); download it again"
-        ) from error
     if not table.n_obs or not table.n_vars:
         raise ValueError(
             f"{path.name} has {table.n_obs} spots and {table.n_vars} genes; at least one of each is needed"
         )
     check_once(table.obs_names, f"{path.name} names spots")
+    if "in_tissue" in table.obs:
+        there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
+        if there.any() and not there.all():
+            logger.info("sample %s: %d spots off the tissue are left out", path.stem, (~there).sum())
+            return table[there]
     return table
-
-
-def _on_tissue(table: AnnData, section: str) -> AnnData:
-    if "in_tissue" not in table.obs:
-        return table
-    there = ~table.obs["in_tissue"].astype(str).str.strip().str.lower().isin(["0", "0.0", "false"]).to_numpy()
-    if there.all() or not there.any():
-        return table
-    logger.info("sample %s: %d spots off the tissue are left out", section, (~there).sum())
-    return table[there]
 
 
 def _centres(table: AnnData, path: Path) -> np.ndarray:

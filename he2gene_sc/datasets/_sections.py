@@ -74,13 +74,9 @@ class LazySections(Sequence, ABC):
     def __getitem__(self, key: int | str | slice) -> SpatialData | Self:
         if isinstance(key, slice):
             return type(self)(self.root, self.metadata[key])
-        if isinstance(key, str):
-            if key not in self._files:
-                known = validate.format_list(self.names, _SHOWN)
-                raise KeyError(f"section {key!r} is unknown, valid: {known}")
-            name = key
-        else:
-            name = self.names[key]
+        name = key if isinstance(key, str) else self.names[key]
+        if name not in self._files:
+            raise KeyError(f"section {key!r} is unknown, valid: {validate.format_list(self.names, _SHOWN)}")
         return self._read(name, self._files[name], self.metadata.loc[name])
 
     def __iter__(self) -> Iterator[SpatialData]:

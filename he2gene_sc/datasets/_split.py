@@ -33,8 +33,7 @@ class PatientSplit:
 
     def __post_init__(self) -> None:
         both = self.train + self.test
-        twice = sorted({patient for patient in both if both.count(patient) > 1})
-        if twice:
+        if twice := sorted({patient for patient in both if both.count(patient) > 1}):
             raise ValueError(f"patients {twice} are named twice; a split has to name each patient once")
 
     @property
@@ -56,44 +55,24 @@ class PatientSplit:
         return tuple(name for patient in patients for name in self.hest_ids.get(patient, ()))
 
 
-#: First sample in HEST-1k of each patient of HBCIS, from the table of HEST (``HEST_v1_1_0.csv``). The sections of a patient
-#: are consecutive; all patients have three, except BC23901, which has two.
-_FIRST_IN_HEST = {
-    "BC23209": 60,
-    "BC23268": 87,
-    "BC23269": 84,
-    "BC23270": 75,
-    "BC23272": 81,
-    "BC23277": 72,
-    "BC23287": 116,
-    "BC23288": 57,
-    "BC23377": 54,
-    "BC23450": 113,
-    "BC23506": 69,
-    "BC23508": 66,
-    "BC23567": 102,
-    "BC23803": 51,
-    "BC23810": 99,
-    "BC23895": 63,
-    "BC23901": 111,
-    "BC23903": 96,
-    "BC23944": 108,
-    "BC24044": 93,
-    "BC24105": 90,
-    "BC24220": 105,
-    "BC24223": 78,
-}
+#: Patients of HBCIS (without "BC") in the order of their samples in HEST-1k, SPA51 to SPA118 (``HEST_v1_1_0.csv``).
+_ORDER_IN_HEST = (
+    "23803 23377 23288 23209 23895 23508 23506 23277 23270 24223 23272 23269 "
+    "23268 24105 24044 23903 23810 23567 24220 23944 23901 23450 23287"
+)
+#: Patient of each of these samples: three of every patient, two of BC23901.
+_SAMPLES = [f"BC{n}" for n in _ORDER_IN_HEST.split() for _ in range(2 if n == "23901" else 3)]
 _TEST = ("BC23268", "BC23287", "BC23377", "BC23508", "BC23903")
 
 #: The paper's split of HBCIS. The five test patients, one of each subtype, are those in HE2Gene's training script
 #: (``he2gene_base.py``), which trains on all others of the 23 patients; public loaders of the set (TRIPLEX, SPARED) agree on
 #: the 23.
 HE2GENE_SPLIT = PatientSplit(
-    train=tuple(patient for patient in _FIRST_IN_HEST if patient not in _TEST),
+    train=tuple(patient for patient in sorted(set(_SAMPLES)) if patient not in _TEST),
     test=_TEST,
     hest_ids={
-        patient: tuple(f"SPA{first + i}" for i in range(2 if patient == "BC23901" else 3))
-        for patient, first in _FIRST_IN_HEST.items()
+        patient: tuple(f"SPA{51 + i}" for i, other in enumerate(_SAMPLES) if other == patient)
+        for patient in sorted(set(_SAMPLES))
     },
     hest_her2st=tuple(f"SPA{i}" for i in range(119, 155)),
 )

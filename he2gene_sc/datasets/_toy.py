@@ -9,6 +9,8 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import IMAGE
+from ..io._raster import build_levels, image_element
+from ..io._st import section_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -63,9 +65,6 @@ def toy(shape: tuple[int, int] = (12, 12), *, mpp: float = 1.0, seed: int = 0) -
     """
     validate.arguments(toy, locals())
     from scipy.sparse import csr_matrix
-
-    from ..io._raster import build_levels, image_element
-    from ..io._st import section_of
 
     if len(given := validate.names(shape, "shape")) != 2:
         raise ValueError(f"`shape` is {shape!r}; rows and columns of spots are needed, (12, 12) for example")
@@ -143,17 +142,14 @@ def _paint(rng: np.random.Generator, regions: np.ndarray, density: np.ndarray, m
 
 def _counts(rng: np.random.Generator, code: np.ndarray, texture: np.ndarray) -> tuple[np.ndarray, pd.Index, list[str]]:
     """Draw Poisson counts of planted and housekeeping genes, with a sequencing depth that varies between spots."""
-    genes, planted, rates = [], [], []
-    for kind, names in PLANTED.items():
-        for name in names:
-            genes.append(name)
-            planted.append(kind)
+    planted = {name: kind for kind, names in PLANTED.items() for name in names} | dict.fromkeys(_HOUSEKEEPING, "none")
+    rates = []
+    for kind in planted.values():
+        if kind == "none":
+            rates.append(np.full(len(code), rng.uniform(5, 40)))
+        else:
             level = texture * 12 * (code != 2) if kind == "texture" else 10.0 * (code == CLASSES.index(kind))
             rates.append(0.5 + level * rng.uniform(0.6, 1.4))
-    for name in _HOUSEKEEPING:
-        genes.append(name)
-        planted.append("none")
-        rates.append(np.full(len(code), rng.uniform(5, 40)))
     depth = rng.lognormal(0, 0.3, len(code))
     counts = rng.poisson(np.array(rates).T * depth[:, None]).astype(np.float32)
-    return counts, pd.Index(genes), planted
+    return counts, pd.Index(planted), list(planted.values())

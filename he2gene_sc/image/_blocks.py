@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_right
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,7 @@ class Block:
 
 
 def plan_blocks(
-    extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int = BLOCK_BYTES
+    extents: np.ndarray, row_step: int, *, align: int, height: int, width: int, max_bytes: int
 ) -> list[Block]:
     """Group spots into blocks of an image, each of which is read at once.
 
@@ -106,8 +105,7 @@ class BlockSource:
             for i, cells in enumerate(self._needed):
                 for cell in cells:
                     self._uses.setdefault(cell, []).append(i)
-        # Number of first blocks that have all been read, and which blocks have.
-        self._n_read, self._done = 0, [False] * len(blocks)
+        self._unread = set(range(len(blocks)))
         # Buffers are used in turn: touching new memory pages costs more than copying pixels.
         largest = max(((b.bottom - b.top) * (b.right - b.left) for b in blocks), default=0)
         self._buffers = [np.empty(0 if self._in_memory else 3 * largest, np.uint8) for _ in range(at_once + 1)]
@@ -180,19 +178,15 @@ class BlockSource:
 
     def _evict(self, i: int) -> None:
         """Forget cells that no further block needs, and those needed last where there are too many."""
-        self._done[i] = True
-        while self._n_read < len(self._done) and self._done[self._n_read]:
-            self._n_read += 1
+        self._unread.discard(i)
+        first = min(self._unread, default=len(self._blocks))
         decoded = {cell: future for cell, future in self._cache.items() if future.done()}
-        for cell in [cell for cell in decoded if self._uses[cell][-1] < self._n_read]:
+        for cell in [cell for cell in decoded if self._uses[cell][-1] < first]:
             del self._cache[cell], decoded[cell]
         size = sum(future.result().nbytes for future in decoded.values())
         if size > CACHE_BYTES:
-            for cell in sorted(decoded, key=self._next_use, reverse=True):
+            next_use = {cell: next(use for use in self._uses[cell] if use >= first) for cell in decoded}
+            for cell in sorted(decoded, key=next_use.__getitem__, reverse=True):
                 if size <= CACHE_BYTES or len(self._cache) == 1:
                     break
                 size -= self._cache.pop(cell).result().nbytes
-
-    def _next_use(self, cell: tuple[int, int]) -> int:
-        uses = self._uses[cell]
-        return uses[bisect_right(uses, self._n_read - 1)]

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -119,18 +118,12 @@ def _read_blocks(level: Level, places: Sequence[tuple[slice, slice]]) -> list[np
     import dask
 
     array = direct(level.array)
-    if _is_one_chunk(array):
+    chunks = getattr(array, "chunks", None) or ()
+    is_one_chunk = [
+        len(sizes) == 1 if isinstance(sizes, tuple) else sizes >= n
+        for sizes, n in zip(chunks, array.shape, strict=False)
+    ]
+    if chunks and all(is_one_chunk) and math.prod(array.shape) * array.dtype.itemsize <= _MAX_CHUNK_BYTES:
         # Each block would read this chunk.
         array = np.asarray(array[:, :, :])
     return [np.asarray(block) for block in dask.compute(*(array[:, rows, columns] for rows, columns in places))]
-
-
-def _is_one_chunk(array: Any) -> bool:
-    """Whether an array in chunks is a single one that fits into memory easily."""
-    chunks = getattr(array, "chunks", None)
-    if chunks is None or math.prod(array.shape) * array.dtype.itemsize > _MAX_CHUNK_BYTES:
-        return False
-    return all(
-        (len(sizes) == 1 if isinstance(sizes, tuple) else sizes >= n)
-        for sizes, n in zip(chunks, array.shape, strict=True)
-    )

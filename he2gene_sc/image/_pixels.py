@@ -23,7 +23,16 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
     if n_channels not in (3, 4):
         kind = "a one-channel (grey or fluorescence) image" if n_channels == 1 else f"an image of {n_channels} channels"
         raise ValueError(f"`image_key` {name!r} is {kind}; {_EXPECTED_IMAGE}")
-    _check_alpha(n_channels, dtype, sample, name)
+    if n_channels == 4 and sample is not None and sample.ndim >= 2 and sample.size:
+        # On different scales, the image would become white or black.
+        alpha, colours = float(np.nanmax(sample[3])), float(np.nanmax(sample[:3]))
+        alpha_up_to_1, colours_up_to_255 = alpha <= 1 + _OVERSHOOT, colours > 1 + _OVERSHOOT
+        differ = alpha_up_to_1 == colours_up_to_255 and (colours_up_to_255 or dtype.kind == "f")
+        if differ and alpha > 0 and colours > 0:
+            raise ValueError(
+                f"`image_key` {name!r} has alpha up to {alpha:.3g} and colours up to {colours:.3g}, which are on different scales; "
+                "rescale alpha to the colours, or drop it: image[:3]"
+            )
     if dtype == np.uint8:
         return 1.0
     if dtype.kind != "f":
@@ -39,20 +48,6 @@ def check_pixels(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, na
         if -_OVERSHOOT * top <= low and high <= top * (1 + _OVERSHOOT) and (factor == 255.0 or high >= _DARKEST):
             return factor
     raise ValueError(f"`image_key` {name!r} has float pixels from {low:.3g} to {high:.3g}; {_EXPECTED_IMAGE}")
-
-
-def _check_alpha(n_channels: int, dtype: np.dtype, sample: np.ndarray | None, name: str) -> None:
-    """Raise if alpha and colours are on different scales: the image would become white or black."""
-    if n_channels != 4 or sample is None or sample.ndim < 2 or sample.size == 0:
-        return
-    alpha = float(np.nanmax(sample[3]))
-    colours = float(np.nanmax(sample[:3]))
-    alpha_up_to_1, colours_up_to_255 = alpha <= 1 + _OVERSHOOT, colours > 1 + _OVERSHOOT
-    if alpha > 0 and alpha_up_to_1 == colours_up_to_255 and (colours_up_to_255 or dtype.kind == "f") and colours > 0:
-        raise ValueError(
-            f"`image_key` {name!r} has alpha up to {alpha:.3g} and colours up to {colours:.3g}, which are on different scales; "
-            "rescale alpha to the colours, or drop it: image[:3]"
-        )
 
 
 #: Names that do not tell which channel is meant.

@@ -53,7 +53,11 @@ def tissue_share(patches: np.ndarray, um: float) -> np.ndarray:
     """
     side = patches.shape[-1]
     n = max(1, min(round(um / _CELL_UM), side // 2))
-    x = _shrink(patches, max(1, side // (n * _CELL_PX)))
+    # Average squares of pixels first; incomplete squares at the edge are dropped.
+    factor = max(1, side // (n * _CELL_PX))
+    m = side // factor
+    x = patches[..., : m * factor, : m * factor].astype(np.float32)
+    x = x if factor == 1 else x.reshape(*x.shape[:2], m, factor, m, factor).mean((3, 5))
     bounds = np.linspace(0, x.shape[-1], n + 1).astype(int)
     edges, pixels = bounds[:-1], bounds[1:] - bounds[:-1]
     area = pixels[:, None] * pixels[None]
@@ -119,13 +123,6 @@ def faults(patches: np.ndarray, mpp: float) -> np.ndarray:
     )
     contrast = np.sqrt(sum(_squared_difference(grey, 4, step).mean((1, 2)) for step in _STEPS[:2]) / 2)
     return np.where(contrast[:, None] < _MIN_CONTRAST, 0, result).astype(np.float32)
-
-
-def _shrink(patches: np.ndarray, factor: int) -> np.ndarray:
-    """Average squares of ``factor`` × ``factor`` pixels; incomplete squares at the edge are dropped."""
-    n = patches.shape[-1] // factor
-    x = patches[..., : n * factor, : n * factor].astype(np.float32)
-    return x if factor == 1 else x.reshape(*x.shape[:2], n, factor, n, factor).mean((3, 5))
 
 
 def _squared_difference(grey: np.ndarray, lag: int, step: tuple[int, int]) -> np.ndarray:

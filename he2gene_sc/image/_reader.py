@@ -136,11 +136,19 @@ class PatchReader:
             kept[np.concatenate([*batches, np.empty(0, np.intp)])] = True
             cropped = (replace(block, spots=block.spots[kept[block.spots]]) for block in blocks)
             blocks = [block for block in cropped if len(block.spots)]
+        allocate = self.allocate or (lambda shape: np.empty(shape, np.uint8))
         n_readers = min(self.n_readers, max(1, len(blocks)))
         source = BlockSource(self.source, self._factor, blocks, self._extents, n_readers)
 
+        largest = max(window.factor for window in self.plan.windows)
+
         def load(i: int) -> dict[int, np.ndarray]:
-            return self._reduce(source.read(i))
+            """Read a block, and average it by each power of two up to the largest factor."""
+            reduced, factor = {1: source.read(i)}, 1
+            while factor < largest:
+                reduced[2 * factor] = halve(reduced[factor])
+                factor *= 2
+            return reduced
 
         remaining = iter(batches)
         index, filled = next(remaining, None), 0
@@ -155,7 +163,8 @@ class PatchReader:
                 for spot in block.spots:
                     assert index is not None
                     if not filled:
-                        patches = self._empty_patches(len(index))
+                        shapes = [(len(index), 3, window.size, window.size) for window in self.plan.windows]
+                        patches = tuple(map(allocate, shapes))
                     for w, window in enumerate(self.plan.windows):
                         self._cut(reduced[window.factor], block, w, spot, patches[w][filled])
                     filled += 1
@@ -164,20 +173,6 @@ class PatchReader:
                         index, filled = next(remaining, None), 0
         finally:
             pool.shutdown(cancel_futures=True)
-
-    def _empty_patches(self, n: int) -> tuple[np.ndarray, ...]:
-        shapes = [(n, 3, window.size, window.size) for window in self.plan.windows]
-        return tuple(np.empty(x, np.uint8) if self.allocate is None else self.allocate(x) for x in shapes)
-
-    def _reduce(self, pixels: np.ndarray) -> dict[int, np.ndarray]:
-        """Average a block by each factor that a window needs, in steps of two."""
-        reduced = {1: pixels}
-        factor = 1
-        for target in sorted({window.factor for window in self.plan.windows}):
-            while factor < target:
-                reduced[factor * 2] = halve(reduced[factor])
-                factor *= 2
-        return reduced
 
     def _cut(self, pixels: np.ndarray, block: Block, window: int, spot: int, out: np.ndarray) -> None:
         plan = self.plan.windows[window]

@@ -22,55 +22,43 @@ _READ_AS_STORED = {"MINISBLACK", "RGB", "YCBCR"}
 class Colour:
     """Conversion of samples to RGB."""
 
-    kind: Literal["rgb", "premultiplied", "opaque", "ink", "palette", "ycbcr"] = "rgb"
+    kind: Literal["rgb", "premultiplied", "ink", "palette", "ycbcr"] = "rgb"
     factor: float = 1.0  # to 0..255
     palette: Any = None  # (3, n) uint8
-    order: tuple[int, ...] = ()  # positions of red, green and blue, if others than stored
+    order: tuple[int, ...] = ()  # positions of the channels that are used; empty: as stored
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
-        """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8."""
+        """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8; ink and luminance with chroma are uint8, ink from 0 for none."""
         if self.order:
             samples = samples[list(self.order)]
         if self.kind == "palette":
             return self.palette[:, np.minimum(samples[0], self.palette.shape[1] - 1)]
         if self.kind == "ink":
-            return ink_to_rgb(samples)
+            # As Pillow does.
+            light = 255 - samples[3].astype(np.uint16)
+            product = samples[:3] * light + 128
+            return (light - ((product + (product >> 8)) >> 8)).astype(np.uint8)
         if self.kind == "ycbcr":
-            return ycbcr_to_rgb(samples)
-        if self.kind == "opaque":
-            samples = samples[:3]
+            # Full range, ITU-R BT.601.
+            y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
+            cb, cr = cb - 128, cr - 128
+            rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
+            return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
         if self.kind == "premultiplied":
             colours, alpha = samples[:3].astype(np.float32) * self.factor, samples[3:] * np.float32(self.factor)
             return np.rint(np.clip(colours + 255 - alpha, 0, 255)).astype(np.uint8)
         return to_rgb_uint8(samples, self.factor, paint_black=False)
 
 
-def ink_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Convert cyan, magenta, yellow and black, ``(4, h, w)`` uint8 with 0 for no ink, to RGB, as Pillow does."""
-    light = 255 - samples[3].astype(np.uint16)
-    out = np.empty((3, *samples.shape[1:]), np.uint8)
-    for i in range(3):
-        product = samples[i] * light + 128
-        out[i] = light - ((product + (product >> 8)) >> 8)
-    return out
-
-
-def ycbcr_to_rgb(samples: np.ndarray) -> np.ndarray:
-    """Convert full-range luminance and chroma (ITU-R BT.601), ``(3, h, w)`` uint8, to RGB."""
-    y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
-    cb, cr = cb - 128, cr - 128
-    rgb = np.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb])
-    return np.rint(np.clip(rgb, 0, 255)).astype(np.uint8)
-
-
 def colour_of(page: tifffile.TiffPage, sample: np.ndarray, name: str, order: list[int] | None = None) -> Colour:
     """Return the conversion to RGB of a TIFF page; ``sample`` are some pixels, ``(n, k)``."""
     sample = sample if order is None else sample[order]
-    n = len(sample)
+    n, dtype = len(sample), sample.dtype
     photometric = getattr(page.photometric, "name", str(page.photometric))
-    dtype = sample.dtype
     if photometric == "PALETTE" and n == 1 and dtype.kind == "u":
-        return Colour("palette", palette=_palette(page))
+        colours = np.asarray(page.colormap)
+        # Some writers use all 16 bits of an entry, others only the lower 8.
+        return Colour("palette", palette=(colours >> 8 if colours.max(initial=0) > 255 else colours).astype(np.uint8))
     if photometric == "SEPARATED":
         ink_set = page.tags.valueof(332, 1)
         if n != 4 or int(ink_set) != 1 or dtype != np.uint8:
@@ -85,30 +73,16 @@ def colour_of(page: tifffile.TiffPage, sample: np.ndarray, name: str, order: lis
         if n != 3 or dtype != np.uint8:
             raise ValueError(f"`path` {name!r} has {n} channels of luminance and chroma ({dtype}); save it as RGB")
         return Colour("ycbcr")
-    kind: Any = _kind_of_alpha(page, photometric, sample, name) if n == 4 else "rgb"
-    return Colour(kind, factor, order=tuple(order or ()))
-
-
-def _palette(page: tifffile.TiffPage) -> np.ndarray:
-    colours = np.asarray(page.colormap)
-    # Some writers use all 16 bits of an entry, others only the lower 8.
-    return (colours >> 8 if colours.max(initial=0) > 255 else colours).astype(np.uint8)
-
-
-def _kind_of_alpha(page: tifffile.TiffPage, photometric: str, sample: np.ndarray, name: str) -> Any:
-    """Return the kind of the fourth channel: alpha, premultiplied alpha, or unused."""
+    used = tuple(order or ())
+    if n != 4:
+        return Colour("rgb", factor, order=used)
     if page.samplesperpixel != 4 or photometric == "MINISBLACK":
         raise ValueError(
             f"`path` {name!r} has 4 channels that are not declared as red, green, blue and alpha; save it as RGB"
         )
-    extra = int(page.extrasamples[0]) if page.extrasamples else 0
-    if extra == 1:
-        return "premultiplied"
-    if extra == 2:
-        return "rgb"
-    alpha = sample[3]
-    if not alpha.any():
-        return "opaque"
-    if (alpha < alpha.max()).any() and not np.isin(alpha, (0, alpha.max())).all():
+    extra, alpha = int(page.extrasamples[0]) if page.extrasamples else 0, sample[3]
+    if extra not in (1, 2) and not np.isin(alpha, (0, alpha.max())).all():
         raise ValueError(f"`path` {name!r} has a fourth channel that is not declared as alpha; save it as RGB")
-    return "rgb"
+    if extra not in (1, 2) and not alpha.any():
+        used = (used or (0, 1, 2, 3))[:3]  # a fourth channel without content
+    return Colour("premultiplied" if extra == 1 else "rgb", factor, order=used)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core.memory import memory_of_machine
+from ..image import check_pixels, to_rgb_uint8
 from ._colour import colour_of
+from ._files import described
 from ._raster import build_levels
 from ._tiff import check_series, check_whole, is_tiled, mpp_of, opened, orientation_of, scan_of, size_of, tiled_levels
-from ._tiled import error_text
 
 if TYPE_CHECKING:
     import tifffile
@@ -25,26 +26,17 @@ if TYPE_CHECKING:
 MAX_PIXELS = 1_200_000_000
 #: Bytes per pixel while an image is decoded: as stored, converted, and as planes.
 _BYTES_PER_PIXEL = 8
-_PILLOW = {".jpg", ".jpeg", ".png"}
 _TIFF = {".tif", ".tiff", ".btf", ".ome", ".svs", ".ndpi", ".scn"}
 #: Suffixes of supported files.
-IMAGE_SUFFIXES = _PILLOW | _TIFF
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"} | _TIFF
 _guard = threading.Lock()
 
 #: Supported modes of Pillow.
 _MODES = {"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "CMYK", "YCbCr"}
 #: Number of channels by the colour type in a PNG header: grey, and grey with alpha, of any depth.
 _PNG_GREY = {0: 1, 4: 2}
-_ORIENTATION = 274
-_UPRIGHT = {
-    2: lambda a: a[:, :, ::-1],
-    3: lambda a: a[:, ::-1, ::-1],
-    4: lambda a: a[:, ::-1],
-    5: lambda a: a.transpose(0, 2, 1),
-    6: lambda a: a.transpose(0, 2, 1)[:, :, ::-1],
-    7: lambda a: a.transpose(0, 2, 1)[:, ::-1, ::-1],
-    8: lambda a: a.transpose(0, 2, 1)[:, ::-1],
-}
+#: Steps along y and x that turn an image of orientation 1 to 4 upright; after y and x are exchanged, one of 5 to 8.
+_UPRIGHT = ((1, 1), (1, -1), (-1, -1), (-1, 1))
 
 
 @dataclass(frozen=True)
@@ -67,59 +59,41 @@ def decode(path: Path) -> Decoded:
     suffix = path.suffix.lower()
     if suffix not in IMAGE_SUFFIXES:
         raise ValueError(f"`path` {path.name!r}: {suffix or 'no'} type; valid: {sorted(IMAGE_SUFFIXES)}")
-    if suffix in _TIFF or _is_tiff(path):
-        return _decode_tiff(path)
-    pixels, orientation = _decode_flat(path)
-    return Decoded(build_levels(pixels), None, orientation)
-
-
-def _is_tiff(path: Path) -> bool:
-    """Whether a file is a TIFF, regardless of its suffix; Pillow would read only the first of several images."""
     with path.open("rb") as stream:
-        return stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+        is_tiff = stream.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    # Whatever the suffix of a TIFF, Pillow would read only the first of its images.
+    return _decode_tiff(path) if suffix in _TIFF or is_tiff else _decode_flat(path)
 
 
-def _decode_flat(path: Path) -> tuple[np.ndarray, int]:
-    """Decode a JPEG or PNG; return also its stored orientation.
+def _decode_flat(path: Path) -> Decoded:
+    """Decode a JPEG or PNG; alpha is painted on white.
 
     Pillow refuses images above 179 million pixels, which real slides exceed; ``MAX_PIXELS`` replaces that limit.
     """
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     with _without_pillow_guard():
-        try:
+        with described(ValueError, f"`path` {path.name!r} is not an image that Pillow can read"):
             image = Image.open(path)
-        except PermissionError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                f"`path` {path.name!r} is not an image that Pillow can read ({error_text(error)})"
-            ) from error
         with image:
             _check_size(path, *image.size)
             _check_mode(image, path)
-            try:
+            with described(ValueError, f"`path` {path.name!r} is truncated or damaged"):
                 image.load()
-                orientation = _exif_orientation(image)
+                # Pillow itself turns a TIFF upright on loading.
+                orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
                 mode = "RGBA" if image.has_transparency_data else "RGB"
                 pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise ValueError(f"`path` {path.name!r} is truncated or damaged: {error}") from error
-    return _upright(_to_rgb(pixels, path), orientation), orientation
-
-
-def _exif_orientation(image: PillowImage) -> int:
-    # Pillow itself turns a TIFF upright on loading.
-    found = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
-    return found if found in _UPRIGHT else 1
+    channels = np.moveaxis(pixels, -1, 0)
+    if mode == "RGBA":
+        factor = check_pixels(4, channels.dtype, channels, path.name)
+        channels = to_rgb_uint8(channels, factor, paint_black=False)
+    orientation = int(orientation) if orientation in range(1, 9) else 1
+    return Decoded(build_levels(_upright(channels, orientation)), None, orientation)
 
 
 def _check_mode(image: PillowImage, path: Path) -> None:
     """Raise for grey images (also those without a mode in Pillow) and unsupported colours."""
-    from ..image import check_pixels
-
     if image.format == "PNG":
         with path.open("rb") as stream:
             header = stream.read(26)
@@ -130,8 +104,18 @@ def _check_mode(image: PillowImage, path: Path) -> None:
         raise ValueError(f"`path` {path.name!r} holds {image.mode} colours; save it as RGB")
 
 
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    return _planes(_UPRIGHT[orientation](pixels)) if orientation in _UPRIGHT else pixels
+def _upright(channels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an image upright, as planes of one channel each."""
+    turned = channels.transpose(0, 2, 1) if orientation > 4 else channels
+    down, across = _UPRIGHT[(orientation - 1) % 4]
+    turned = turned[:, ::down, ::across]
+    if turned.flags.c_contiguous:
+        return turned
+    # Plane by plane: eight times as fast as `np.ascontiguousarray` for channels that lie pixel by pixel.
+    out = np.empty(turned.shape, turned.dtype)
+    for plane, channel in zip(out, turned, strict=True):
+        plane[:] = channel
+    return out
 
 
 @contextmanager
@@ -163,27 +147,6 @@ def _check_size(path: Path, width: int, height: int) -> None:
     )
 
 
-def _to_rgb(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Convert ``(h, w, c)`` to ``(3, h, w)`` uint8; alpha is painted on white."""
-    from ..image import check_pixels, to_rgb_uint8
-
-    channels = np.moveaxis(pixels, -1, 0)
-    if len(channels) == 4:
-        factor = check_pixels(4, channels.dtype, channels, path.name)
-        channels = to_rgb_uint8(channels, factor, paint_black=False)
-    return _planes(channels)
-
-
-def _planes(channels: np.ndarray) -> np.ndarray:
-    """Copy channels that lie pixel by pixel to planes, one by one: eight times as fast as ``np.ascontiguousarray``."""
-    if channels.flags.c_contiguous:
-        return channels
-    out = np.empty(channels.shape, channels.dtype)
-    for plane, channel in zip(out, channels, strict=True):
-        plane[:] = channel
-    return out
-
-
 def _decode_tiff(path: Path) -> Decoded:
     with opened(path) as file:
         series = scan_of(file, path)
@@ -204,17 +167,10 @@ def _decode_strips(series: tifffile.TiffPageSeries, path: Path, order: list[int]
     """Decode an image that cannot be read by region, to ``(3, h, w)`` uint8."""
     height, width = size_of(series)
     _check_size(path, width, height)
-    try:
+    advice = "; convert the file again, for example: vips tiffsave IN OUT.tif --tile --pyramid"
+    with described(OSError, f"`path` {str(path)!r} is damaged or cannot be decoded", advice):
         pixels = series.asarray()
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise OSError(
-            f"`path` {str(path)!r} is damaged or cannot be decoded ({error_text(error)}); convert the file again, for example: "
-            "vips tiffsave IN OUT.tif --tile --pyramid"
-        ) from error
     axes = "".join(axis if axis in "YX" else "c" if axis in "SC" else "1" for axis in series.axes)
     planar = [i for wanted in "c1YX" for i, axis in enumerate(axes) if axis == wanted]
     samples = pixels.transpose(planar).reshape(-1, height, width)
-    colour = colour_of(series.keyframe, samples.reshape(len(samples), -1), path.name, order)
-    return _planes(colour(samples))
+    return colour_of(series.keyframe, samples.reshape(len(samples), -1), path.name, order)(samples)

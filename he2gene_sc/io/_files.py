@@ -1,4 +1,4 @@
-"""Write files and folders so that they survive a kill or a power cut: exchange, synchronisation, hard links."""
+"""Files: errors that name them; writing that survives a kill or a power cut, by exchange, synchronisation and hard links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,19 @@ from .._core.stores import store_around
 #: Suffix of a new folder between two renames, if the file system cannot exchange folders.
 WAITING = "-he2gene-new"
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_RENAME_SWAP = 2
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
+
+
+@contextlib.contextmanager
+def described(kind: type[Exception], problem: str, advice: str = "") -> Iterator[None]:
+    """Turn any error of a library into one that names the file; a missing file and lack of memory or permission stay."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise various errors for damaged bytes
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        raise kind(f"{problem} ({text}){advice}") from error
 
 
 def exchange(a: Path, b: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import check_spatialdata, find_shapes, match_rows, regions_of, spot_element, spots_of_element
+from .._core.elements import check_spatialdata, find_shapes, match_rows, spot_element, spots_of_element
 from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
@@ -22,11 +22,12 @@ from .._core.mpp import stored_mpp
 from .._core.names import annotation_target, check_spelling, clean_name, clean_names, names_of, stored_colours
 from .._core.ownership import check_free, unchanged_keys
 from .._core.predictions import predicted_layer, record_of, symbols_of
+from .._core.rasters import levels
 from .._core.results import write_result
 from .._core.slide import slides_of
 from .._core.spots import get_table, sections_of, spots_of
 from ..stats import pitch_of
-from ._files import check_new_file, put_file
+from ._files import check_new_file, described, put_file
 from ._geojson_content import check_crs, class_name, classification_of, other_unit, rgb_of, text_of
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 _VERB = "io.read_geojson"
 #: If overlaps with a spot differ by less than this fraction of the spot, the smaller annotation is used.
 _SAME_AREA = 1e-6
-#: Exceptions that a file raises if it is not GeoJSON.
-_PARSE_ERRORS = (ValueError, TypeError, KeyError, AttributeError, IndexError, IsADirectoryError, RecursionError)
 
 
 def to_geojson(
@@ -122,9 +121,10 @@ def to_geojson(
     if annotation_key is not None:
         validate.key_in(annotation_key, table.obs.columns, "annotation_key")
     slides = slides_of(sdata, table, prediction_key)
-    slide = slides[0] if shapes_key is None else {s.shapes_key: s for s in slides}.get(shapes_key)
-    if slide is None or (shapes_key is None and len(slides) > 1):
+    chosen = [slide for slide in slides if shapes_key in (None, slide.shapes_key)]
+    if len(chosen) != 1:
         raise ValueError(f"`shapes_key` is {shapes_key!r}; one of {[s.shapes_key for s in slides]} is needed")
+    (slide,) = chosen
     rows, outlines = _outlines(sdata, table, slide.shapes_key, slide.image_key, slide.coordinate_system)
     own = table[rows]
     values = pd.DataFrame(dense(matrix_of(own[:, columns], name)), columns=names, index=own.obs_names)
@@ -217,7 +217,13 @@ def read_geojson(
     path = validate.folder_or_file(path, "path")
     polygons, names, colors = _read_polygons(path)
     if hasattr(data, "tables"):
-        shapes_key = _find_region(data, table, shapes_key)
+        (table_key,) = [key for key, value in data.tables.items() if value is table]
+        regions = find_shapes(data, shapes_key, table_key)
+        if len(regions) != 1:
+            raise ValueError(
+                f"`shapes_key` is {shapes_key!r}; the file is of one slide, name its spots: one of {regions}"
+            )
+        (shapes_key,) = regions
         rows, outlines = _outlines(data, table, shapes_key, image_key, coordinate_system)
         images = [image_key] if image_key else list(data.images)
         stated = [found[0] for key in images if (found := stored_mpp(data, key))]
@@ -262,7 +268,7 @@ def _outlines(
     element, shift = spot_element(sdata, shapes_key), 0.0
     if shapes_key in sdata.labels:
         # to_polygons refers to the centres of pixels, images to their corners.
-        element, shift = to_polygons(element["scale0"]["image"] if hasattr(element, "children") else element), 0.5
+        element, shift = to_polygons(levels(element)[0]), 0.5
     chosen = element.loc[ids]
     geometry = chosen.geometry.buffer(chosen["radius"]) if "radius" in chosen else chosen.geometry
     return rows, shapely.transform(
@@ -296,14 +302,6 @@ def _circles(table: AnnData, shapes_key: str | None) -> tuple[np.ndarray, np.nda
     return rows, np.asarray(shapely.buffer(shapely.points(xy), diameter / 2))
 
 
-def _find_region(sdata: SpatialData, table: AnnData, shapes_key: str | None) -> str:
-    (table_key,) = [key for key, value in sdata.tables.items() if value is table]
-    regions = find_shapes(sdata, shapes_key, table_key) if shapes_key else regions_of(table, sdata)
-    if len(regions) != 1:
-        raise ValueError(f"`shapes_key` is {shapes_key!r}; the file is of one slide, name its spots: one of {regions}")
-    return regions[0]
-
-
 def _classifications(table: AnnData, rows: np.ndarray, label: str) -> list[dict[str, Any] | None]:
     """Return the classification of each spot in QuPath's format, ``None`` for missing ones."""
     from matplotlib.colors import to_rgb
@@ -327,8 +325,7 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
 
     if not path.exists():
         raise FileNotFoundError(f"`path` {str(path)!r} does not exist; name the file that QuPath exported")
-    problem = f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"
-    try:
+    with described(ValueError, f"`path` {str(path)!r} is not GeoJSON; in QuPath run File > Export objects as GeoJSON"):
         content = json.loads(text_of(path))
         features = content.get("features", [content]) if isinstance(content, dict) else content
         found = [(f["geometry"], f.get("properties") or {}) for f in features if f.get("geometry")]
@@ -336,8 +333,6 @@ def _read_polygons(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
         # QuPath before 0.4 uses another key; objects without a type are annotations.
         kinds = [str(p.get("objectType", p.get("object_type", "annotation"))) for _, p in found]
         given = [classification_of(p) for _, p in found]
-    except (*_PARSE_ERRORS, shapely.errors.ShapelyError) as error:
-        raise ValueError(f"{problem} ({type(error).__name__}: {error})") from None
     check_crs(content, shapes, path)
     names = clean_names(class_name(value) for value in given)
     usable = (shapely.area(shapes) > 0) & pd.notna(names)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,13 @@ def text_of(path: Path) -> str:
     """Return the text of a file; QuPath compresses files to ``.zip`` on request."""
     content = path.read_bytes()
     if content.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                # macOS adds a file with attributes of each file.
-                files = [
-                    name for name in archive.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")
-                ]
-                files = [name for name in files if name.lower().endswith(".geojson")] or files
-                if len(files) != 1:
-                    raise ValueError(f"the zip file holds {len(files)} files {files[:5]}; one is needed")
-                content = archive.read(files[0])
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: it is encrypted
-            raise ValueError(str(error)) from None
+        with zipfile.ZipFile(path) as archive:
+            # macOS adds a file with attributes of each file.
+            files = [name for name in archive.namelist() if not name.startswith("__MACOSX/") and not name.endswith("/")]
+            files = [name for name in files if name.lower().endswith(".geojson")] or files
+            if len(files) != 1:
+                raise ValueError(f"the zip file holds {len(files)} files {files[:5]}; one is needed")
+            content = archive.read(files[0])
     return content.decode("utf-8-sig")
 
 

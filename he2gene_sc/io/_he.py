@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .._core import validate
 from .._core.hints import mpp_hint, use_mpp_hint
 from .._core.keys import ATTRS, IMAGE, check_key
@@ -76,7 +74,7 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
             stacklevel=2,
         )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})
-    if found is not None and np.isfinite(found) and found > 0:
+    if found is not None:
         sdata.attrs[ATTRS] = attrs_with_mpp(sdata, image_key, found)
         logger.info("image %r: %.4g µm/px (%s)", image_key, found, "argument" if mpp is not None else "file")
     else:

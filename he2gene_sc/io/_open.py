@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._core import logs
+from .._core.rasters import levels
 from .._core.stores import KINDS
 from ._save import is_store
 
@@ -43,7 +44,7 @@ def open_store(path: Path, parameter: str = "PATH") -> SpatialData:
 def _read_a_pixel(sdata: SpatialData) -> None:
     """Read one pixel of each image, to check that its codec is available and its first chunk is complete."""
     for element in (*sdata.images.values(), *sdata.labels.values()):
-        array = next(iter(element["scale0"].values())) if hasattr(element, "children") else element
+        array = levels(element)[0]
         array[(slice(0, 1),) * array.ndim].compute()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from .._core.stores import (
     root_attrs,
     store_around,
 )
-from ._files import link_tree, put_folder, sync_tree
+from ._files import check_writable, link_tree, put_folder, sync_tree
 from ._staging import write
 from ._storable import check_names, check_table
 from ._store import STAGING, RootMetadata, is_store, locked
@@ -123,10 +122,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
                 f"`path` {str(target)!r} lies inside the zarr store {str(store)!r} and would become a part of it; choose a "
                 f"path beside it: {str(store.parent / target.name)!r}"
             )
-        return
-    if not is_store(target):
+    elif not is_store(target):
         raise FileExistsError(f"`path` {str(target)!r} exists and is not a SpatialData zarr store; choose another")
-    if not overwrite:
+    elif not overwrite:
         raise FileExistsError(
             f"`path` {str(target)!r} is another store; choose another path, or pass overwrite=True (--overwrite)"
         )
@@ -134,22 +132,14 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def check_place(target: Path, n_bytes: int) -> None:
     """Raise, before any work, if a store cannot be written, or the disk has no room for ``n_bytes``."""
-    folder = target if target.exists() else target.parent
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(place for place in (target, *target.parents) if place.exists())
     inside = [folder]
     if folder == target:
         with locked(target):
             inside += [target / kind for kind in KINDS if (target / kind).is_dir()]
             inside += [target / kind / name for kind, name in elements(target) if kind == "tables"]
     for place in inside:
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise type(error)(
-                error.errno, f"the store {str(target)!r} cannot be written: {error.strerror} in {str(place)!r}"
-            ) from error
+        check_writable(place, f"the store {str(target)!r}")
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise OSError(
@@ -167,7 +157,6 @@ def least_bytes(sdata: SpatialData, *, images: bool) -> int:
 
 
 def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
-    """Write the whole object to a new store."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -189,15 +178,11 @@ def _copy(sdata: SpatialData, target: Path, *, overwrite: bool) -> None:
         attrs[ATTRS] = {**attrs.get(ATTRS, {}), SAVED: {**saved, "attrs": new_id(attrs)}}
         RootMetadata(new, staging).write({**(root_attrs(new) or {}), **attrs})
         if target.exists():
-            _carry_files(target, new)
+            # Keep files that a user has put into the folder.
+            for path in target.iterdir():
+                if path.name not in (*KINDS, *ROOT_FILES) and not path.name.startswith(STAGING):
+                    link_tree(path, new / path.name)
         sync_tree(new)
         put_folder(new, target)
     sdata.attrs = attrs
     reopen(sdata, target, [Change(kind, name, element) for kind, name, element in sdata.gen_elements()])
-
-
-def _carry_files(old: Path, new: Path) -> None:
-    """Keep files that a user has put into the folder of a store that is replaced."""
-    for path in old.iterdir():
-        if path.name not in (*KINDS, *ROOT_FILES) and not path.name.startswith(STAGING):
-            link_tree(path, new / path.name)

@@ -97,59 +97,42 @@ def read_st(
     check_mpp(mpp)
     section = clean_name_argument(section, "section")
     patient = section if patient is None else clean_name_argument(patient, "patient", sample=True)
-    for name, value in (("pitch_um", pitch_um), ("diameter_um", diameter_um)):
-        validate.in_range(value, name, above=0)
+    validate.in_range(pitch_um, "pitch_um", above=0)
+    validate.in_range(diameter_um, "diameter_um", above=0)
     with ThreadPoolExecutor(1, "he2gene-image") as pool:
         # Decoded while tables are read and SpatialData is imported: a third of the time.
-        pixels = None if image is None else pool.submit(_upright, validate.folder_or_file(image, "image"))
-        table = _read_tables(counts, spots, labels, section, patient, mpp, pitch_um)
+        pixels = None if image is None else pool.submit(upright_levels, validate.folder_or_file(image, "image"))
+        count_frame = _table(counts, "counts", index_col=0)
+        count_frame = count_frame.set_axis(count_frame.index.astype(str), axis=0)
+        spot_frame = _spot_table(spots)
+        ids = _shared_ids(count_frame, spot_frame, section)
+        values, genes = _raw_counts(count_frame.loc[ids], section)
+        spot_frame = spot_frame.loc[ids]
+        centres = _numbers(spot_frame, ("pixel_x", "pixel_y"), "spots")
+        if not np.isfinite(centres).all():
+            raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
+        mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, centres, pitch_um)
+        positions = _numbers(spot_frame, ("x", "y"), "spots").round().astype(int)
+        obs = pd.DataFrame({"array_row": positions[:, 1], "array_col": positions[:, 0]}, index=ids)
+        obs["patient"] = pd.Categorical([patient] * len(ids))
+        obs["section"] = pd.Categorical([section] * len(ids))
+        if labels is not None:
+            obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
         import spatialdata.models  # noqa: F401
 
         images = {} if pixels is None else {IMAGE: image_element(pixels.result())}
-    values, obs, genes, centres, mpp = table
     return section_of(csr_matrix(values.astype(np.float32)), obs, genes, centres, diameter_um / mpp, mpp, images)
 
 
-def _read_tables(
-    counts: str | Path | pd.DataFrame,
-    spots: str | Path | pd.DataFrame,
-    labels: str | Path | pd.DataFrame | None,
-    section: str,
-    patient: str,
-    mpp: float | None,
-    pitch_um: float,
-) -> tuple[np.ndarray, pd.DataFrame, pd.Index, np.ndarray, float]:
-    """Read counts, ``obs``, genes, centres and µm per pixel of the spots that are in both files."""
-    count_frame = _table(counts, "counts", index_col=0)
-    count_frame = count_frame.set_axis(count_frame.index.astype(str), axis=0)
-    spot_frame = _spot_table(spots)
-    ids = _shared_ids(count_frame, spot_frame, section)
-    values = count_frame.loc[ids].to_numpy()
+def _raw_counts(counts: pd.DataFrame, section: str) -> tuple[np.ndarray, pd.Index]:
+    values, genes = counts.to_numpy(), pd.Index(counts.columns.astype(str).str.strip())
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all() or (values < 0).any() or (values % 1 != 0).any():
         raise ValueError(f"`counts` of section {section!r} are not raw counts: whole numbers from 0 are needed")
-    genes = pd.Index(count_frame.columns.astype(str).str.strip())
     if len(genes) == 0:
         raise ValueError(f"`counts` of section {section!r} has no genes; columns separated by tabs are needed")
     if genes.has_duplicates:
         raise ValueError(f"`counts` has duplicated genes: {list(genes[genes.duplicated()][:5])}")
-    spot_frame = spot_frame.loc[ids]
-    centres = _numbers(spot_frame, ("pixel_x", "pixel_y"), "spots")
-    if not np.isfinite(centres).all():
-        raise ValueError(f"`spots` has NaN or infinite pixels: {list(ids[~np.isfinite(centres).all(1)][:5])}")
-    mpp = float(mpp) if mpp is not None else _mpp_of_array(spot_frame, centres, pitch_um)
-    positions = _numbers(spot_frame, ("x", "y"), "spots").round().astype(int)
-    obs = pd.DataFrame(
-        {
-            "array_row": positions[:, 1],
-            "array_col": positions[:, 0],
-            "patient": pd.Categorical([patient] * len(ids)),
-            "section": pd.Categorical([section] * len(ids)),
-        },
-        index=ids,
-    )
-    if labels is not None:
-        obs["annotation"] = pd.Categorical(_labels_of(ids, read_labels(labels), section))
-    return values, obs, genes, centres, mpp
+    return values, genes
 
 
 def section_of(
@@ -183,12 +166,7 @@ def section_of(
     return sdata
 
 
-def upright_image(path: Path) -> Any:
-    """Read an image element from a file; raise if it is not stored upright."""
-    return image_element(_upright(path))
-
-
-def _upright(path: Path) -> list[Any]:
+def upright_levels(path: Path) -> list[Any]:
     """Decode the levels of an image; raise if it is not stored upright."""
     decoded = decode(path)
     if decoded.orientation != 1:
@@ -200,7 +178,6 @@ def _upright(path: Path) -> list[Any]:
 
 
 def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
-    """Return the labels of the spots; raise if none has a label."""
     found = labels.reindex(ids)
     if labels.notna().any() and not found.notna().any():
         raise ValueError(
@@ -210,7 +187,7 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
         warnings.warn(
             f"section {section!r}: {missed} of {len(labels)} labels do not belong to a spot and are left out; check that the "
             "files belong together",
-            stacklevel=4,
+            stacklevel=3,
         )
     return found
 
@@ -258,21 +235,15 @@ def _numbers(frame: pd.DataFrame, columns: tuple[str, str], parameter: str, need
 _SELECTED = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
 
 
-def _selected(column: pd.Series) -> np.ndarray:
-    """Return which spots are selected, from numbers or words."""
-    texts = column.astype(str).str.strip().str.lower()
-    found = texts.map(_SELECTED)
-    if found.isna().any():
-        unknown = list(dict.fromkeys(column[found.isna()].tolist()))[:5]
-        raise ValueError(f"`spots`: the column 'selected' has {unknown}; 1 and 0, or true and false, are needed")
-    return found.to_numpy(dtype=bool)
-
-
 def _spot_table(spots: str | Path | pd.DataFrame) -> pd.DataFrame:
     frame = _table(spots, "spots")
     check_columns(frame, ["x", "y", "pixel_x", "pixel_y"], "`spots`")
     if "selected" in frame.columns:
-        frame = frame[_selected(frame["selected"])]
+        selected = frame["selected"].astype(str).str.strip().str.lower().map(_SELECTED)
+        if selected.isna().any():
+            unknown = list(dict.fromkeys(frame["selected"][selected.isna()].tolist()))[:5]
+            raise ValueError(f"`spots`: the column 'selected' has {unknown}; 1 and 0, or true and false, are needed")
+        frame = frame[selected.to_numpy(dtype=bool)]
     frame = frame.set_axis(_array_ids(frame, "spots"), axis=0)
     check_once(frame.index, "`spots` names spots")
     return frame
@@ -294,7 +265,7 @@ def _shared_ids(counts: pd.DataFrame, spots: pd.DataFrame, section: str) -> pd.I
             f"section {section!r}: {len(counts) - len(ids)} spots are only in the counts and {len(spots) - len(ids)} only in "
             f"the spot file; they are dropped, {len(ids)} remain",
             UnmatchedSpots,
-            stacklevel=4,
+            stacklevel=3,
         )
     return ids
 
@@ -303,18 +274,24 @@ def _mpp_of_array(spots: pd.DataFrame, centres: np.ndarray, pitch_um: float) -> 
     """Return µm per pixel from the affine map of array positions to pixels, for any orientation of the array."""
     named = ("new_x", "new_y") if {"new_x", "new_y"} <= set(spots.columns) else ("x", "y")
     position = _numbers(spots, named, "spots")
-    design = np.column_stack([position, np.ones(len(position))])
     if not np.isfinite(position).all():
         raise ValueError(
             f"`spots` has NaN or infinite values of {' and '.join(named)}; give `mpp`, or remove these columns"
         )
-    if np.linalg.matrix_rank(design) < 3:
-        raise ValueError("`mpp` cannot be found from spots in a single row or column; give it in µm per pixel")
-    linear = np.linalg.lstsq(design, centres, rcond=None)[0][:2]
-    pitch = np.sqrt(abs(np.linalg.det(linear)))
+    problem = "`mpp` cannot be found from spots in a single row or column; give it in µm per pixel"
+    pitch, _ = fit_lattice(position, centres, problem)
     if not pitch > _LEAST_PITCH_PX:
         raise ValueError(
             f"`mpp` cannot be found: the distance of neighbouring spots is {pitch:.3g} pixels; check pixel_x and pixel_y of "
             "`spots`, or give `mpp` in µm per pixel"
         )
     return float(pitch_um / pitch)
+
+
+def fit_lattice(position: np.ndarray, centres: np.ndarray, problem: str) -> tuple[float, np.ndarray]:
+    """Fit an affine map of array positions to pixels; return the pitch and the residuals, in pixels."""
+    design = np.column_stack([position, np.ones(len(position))])
+    if np.linalg.matrix_rank(design) < 3:
+        raise ValueError(problem)
+    fit = np.linalg.lstsq(design, centres, rcond=None)[0]
+    return np.sqrt(abs(np.linalg.det(fit[:2]))), centres - design @ fit

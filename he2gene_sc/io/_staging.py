@@ -52,10 +52,14 @@ def write(folder: Path, elements: Mapping[str, Any], attrs: Mapping[str, Any], f
 
 def stage(staging: Path, changes: list[Change], store: Path) -> None:
     """Write elements to ``staging/new``; unchanged parts of tables are hard links."""
+    from spatialdata._io import format as formats
+
     if not changes:
         return
     elements = {c.name: parts_of(c.element, c.kept) if c.kept else c.element for c in changes}
-    write(staging / "new", elements, {}, formats=_formats(store))
+    # The formats of spatialdata for the zarr version of the store.
+    version = "V02" if (store / "zarr.json").is_file() else "V01"
+    write(staging / "new", elements, {}, formats=[getattr(formats, f"SpatialDataContainerFormat{version}")()])
     for change in changes:
         old, new = store / change.path, staging / "new" / change.path
         for part in change.kept:
@@ -80,15 +84,6 @@ def _name_columns(frame: Path, columns: list[str]) -> None:
     metadata = json.loads(path.read_bytes())
     (metadata["attributes"] if current else metadata)["column-order"] = columns
     path.write_text(json.dumps(metadata))
-
-
-def _formats(store: Path) -> list[Any]:
-    """Return the spatialdata formats for the zarr version of a store."""
-    from spatialdata._io import format as formats
-
-    current = (store / "zarr.json").is_file()
-    name = "SpatialDataContainerFormatV02" if current else "SpatialDataContainerFormatV01"
-    return [getattr(formats, name)()]
 
 
 def stage_metadata(staging: Path, changes: list[Change], store: Path) -> None:

@@ -86,32 +86,44 @@ def storable(where: str, table: AnnData) -> AnnData:
     """Return a table in which missing texts, numbers and flags among objects stay missing in a store."""
     given: dict[str, Any] = {"obs": table.obs, "var": table.var, "uns": dict(table.uns)}
     given |= {slot: dict(getattr(table, slot).items()) for slot in ("obsm", "varm")}
-    made = {slot: _convert_value(f"{where}.{slot}", value) for slot, value in given.items()}
+    made = {slot: _convert(f"{where}.{slot}", value) for slot, value in given.items()}
     for slot in ("layers", "obsp", "varp"):
         check_names(entries_of(table, slot), f"{where}.{slot} has the key")
     changed = {slot: value for slot, value in made.items() if value is not given[slot]}
-    raw_var = table.var if table.raw is None else _convert_frame(f"{where}.raw.var", table.raw.var)
-    if not changed and (table.raw is None or raw_var is table.raw.var):
+    raw_var = None if table.raw is None else table.raw.var
+    made_var = _convert(f"{where}.raw.var", raw_var)
+    if not changed and made_var is raw_var:
         return table
     light = parts_of(table, **changed)
     if light.raw is not None:
         raw = light.raw.to_adata()
-        raw.var = raw_var
+        raw.var = made_var
         light.raw = raw
     return light
 
 
-def _convert_value(where: str, value: Any) -> Any:
+def _convert(where: str, value: Any) -> Any:
     """Return the value itself, or a conversion that keeps missing values."""
-    if isinstance(value, Mapping):
-        check_names(value, f"{where} has the key")
-        made = {key: _convert_value(f"{where}[{key!r}]", part) for key, part in value.items()}
-        return made if any(made[key] is not value[key] for key in made) else value
-    if isinstance(value, pd.DataFrame):
-        return _convert_frame(where, value)
-    if isinstance(value, pd.Categorical):
-        made = _convert_categories(where, value)
-        return value if made is None else made
+    if isinstance(value, Mapping | pd.DataFrame):
+        frame: Any = value if isinstance(value, pd.DataFrame) else None
+        check_names(value, f"{where} has {'the key' if frame is None else 'a column named'}")
+        if frame is not None and frame.columns.has_duplicates:
+            return value  # anndata raises, with the name
+        parts = {key: value[key] for key in value}
+        made = {key: _convert(f"{where}[{key!r}]", part) for key, part in parts.items()}
+        changed = {key: part for key, part in made.items() if part is not parts[key]}
+        if not changed:
+            return value
+        return made if frame is None else frame.assign(**changed)
+    if isinstance(value, pd.Series) and value.dtype == object:
+        return _convert_column(where, value)
+    if isinstance(getattr(value, "dtype", None), pd.CategoricalDtype):
+        values = value.array if isinstance(value, pd.Series) else value
+        if values.categories.dtype != object:
+            return value
+        categories = pd.Series(values.categories)
+        made = _convert_column(where, categories)
+        return value if made is categories else values.rename_categories(pd.Index(made))
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return _convert_objects(where, value)
     return value
@@ -131,30 +143,8 @@ def check_names(names: Iterable[Any], start: str) -> None:
             )
 
 
-def _convert_frame(where: str, frame: pd.DataFrame) -> pd.DataFrame:
-    check_names(frame.columns, f"{where} has a column named")
-    if frame.columns.has_duplicates:
-        return frame  # anndata raises, with the name
-    changed: dict[str, Any] = {}
-    for name in frame.columns:
-        column, made = frame[name], None
-        if column.dtype == object:
-            made = _convert_column(f"{where}[{name!r}]", column)
-        elif isinstance(column.dtype, pd.CategoricalDtype):
-            made = _convert_categories(f"{where}[{name!r}]", column.array)
-        if made is not None:
-            changed[name] = made
-    return frame.assign(**changed) if changed else frame
-
-
-def _convert_categories(where: str, values: Any) -> Any:
-    """Convert categories of objects to the type of their values; return ``None`` for texts and other types."""
-    made = _convert_column(where, pd.Series(values.categories)) if values.categories.dtype == object else None
-    return None if made is None else values.rename_categories(pd.Index(made))
-
-
-def _convert_column(where: str, column: pd.Series) -> pd.Series | None:
-    """Convert a column of objects to the type of its values; return ``None`` for texts without missing values."""
+def _convert_column(where: str, column: pd.Series) -> pd.Series:
+    """Convert a column of objects to the type of its values; texts without missing values stay."""
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind not in _TYPES:
         raise ValueError(
@@ -163,7 +153,7 @@ def _convert_column(where: str, column: pd.Series) -> pd.Series | None:
         )
     missing = column.isna().any()
     if kind == "string" and not missing:
-        return None
+        return column
     try:
         if missing and _TYPES[kind] == "float64":
             # pandas cannot convert pd.NA to float by itself.

@@ -54,12 +54,8 @@ def _clear(store: Path, place: Path, beside: bool) -> None:
     if beside:
         finish_swap(store)
     else:
-        for kind in KINDS:
-            for waiting in (store / kind).glob(f"*{WAITING}"):
-                finish_swap(waiting.with_name(waiting.name.removesuffix(WAITING)))
-            for link in (store / kind).glob("*"):
-                if link.is_symlink():
-                    finish_swap(link.resolve())
+        for path in [path for kind in KINDS for path in (store / kind).glob("*")]:
+            finish_swap(path.resolve() if path.is_symlink() else path.with_name(path.name.removesuffix(WAITING)))
     remove(place)
 
 

@@ -9,27 +9,21 @@ from typing import Any
 
 import pandas as pd
 
+from ._files import described
+
 
 def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.DataFrame:
     """Read a table with :func:`pandas.read_csv`, by default tab-separated; ``parameter`` is named in errors."""
     what = f"`{parameter}` {str(path)!r}" if parameter else str(path)
-    try:
+    with described(OSError, f"{what} is empty, damaged or not a table with a header", "; copy or download it again"):
         # low_memory=True would concatenate thousands of small columns for a table of all genes.
         return pd.read_csv(path, **{"sep": "\t", "low_memory": False, **options})
-    except (PermissionError, FileNotFoundError, MemoryError):
-        raise
-    except pd.errors.EmptyDataError as error:
-        raise OSError(f"{what} is empty; a table with a header is needed") from error
-    except Exception as error:
-        raise OSError(
-            f"{what} is damaged, truncated or not a table ({type(error).__name__}: {error}); copy or download it again"
-        ) from error
 
 
 def check_columns(frame: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     """Raise if a table lacks columns; the error begins with ``what``."""
     if missing := [column for column in columns if column not in frame.columns]:
-        raise ValueError(f"{what} lacks the columns {missing}; it has {list(frame.columns[:10])}")
+        raise ValueError(f"{what} lacks the columns {missing}; it has {list(frame.columns[:40])}")
 
 
 def check_once(names: pd.Index, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ import numpy as np
 from .._core.logs import logger
 from ..image import check_channel_names, check_pixels
 from ._colour import colour_of
+from ._files import described
 from ._tiled import TiledImage, pages_of
 
 if TYPE_CHECKING:
@@ -41,19 +43,11 @@ def opened(path: Path) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF file; raise errors that name the file if its directory is damaged."""
     import tifffile
 
-    try:
+    with described(ValueError, f"`path` {path.name!r} is not a TIFF file"):
         file = tifffile.TiffFile(path)
-    except PermissionError:
-        raise
-    except Exception as error:
-        raise ValueError(f"`path` {path.name!r} is not a TIFF file: {error}") from error
     with file:
-        try:
+        with described(ValueError, f"`path` {path.name!r} has a damaged directory", "; convert it again"):
             file.series  # noqa: B018 - read it here, where errors are caught
-        except Exception as error:
-            raise ValueError(
-                f"`path` {path.name!r} has a damaged directory ({type(error).__name__}: {error}); convert it again"
-            ) from error
         yield file
 
 
@@ -103,8 +97,7 @@ def size_of(series: tifffile.TiffPageSeries) -> tuple[int, int]:
 
 
 def _n_pixels(series: tifffile.TiffPageSeries) -> int:
-    height, width = size_of(series)
-    return height * width
+    return math.prod(size_of(series))
 
 
 def _size_text(series: tifffile.TiffPageSeries) -> str:
@@ -124,7 +117,8 @@ def check_series(file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path:
         raise ValueError(f"`path` {path.name!r} has {width} × {height} pixels")
     if not _may_be_rgb(series) and getattr(series.keyframe.photometric, "name", "") != "SEPARATED":
         check_pixels(channels, series.dtype, None, path.name)
-    if "C" in series.axes and (names := _ome_channels(file, series)):
+    if "C" in series.axes and (pixels := _ome_pixels(file, series)) is not None:
+        names = [channel.get("Name") or channel.get("Fluor") or "" for channel in pixels.iterfind("{*}Channel")]
         order = check_channel_names(names, path.name)
         if order is not None and len(order) == channels and order != sorted(order):
             return order
@@ -146,7 +140,7 @@ def is_tiled(series: tifffile.TiffPageSeries) -> bool:
 
 
 def tiled_levels(
-    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path, order: list[int] | None = None
+    file: tifffile.TiffFile, series: tifffile.TiffPageSeries, path: Path, order: list[int] | None
 ) -> list[TiledImage]:
     """Return the levels of a tiled image, finest first; decode some tiles of each to detect damage early."""
     number = file.series.index(series)
@@ -268,10 +262,3 @@ def _ome_pixels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Any
         return found[number] if number < len(found) else found[0] if found else None
     logger.warning("the OME metadata of %r are damaged", file.filename)
     return None
-
-
-def _ome_channels(file: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> list[str]:
-    pixels = _ome_pixels(file, series)
-    channels = [] if pixels is None else pixels.findall("{*}Channel")
-    names = [channel.get("Name") or channel.get("Fluor") or "" for channel in channels]
-    return names if any(names) else []

@@ -8,13 +8,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ._colour import Colour
+from ._files import described
 
 if TYPE_CHECKING:
     import tifffile
@@ -33,12 +34,6 @@ class _Plane:
     descriptor: int
     offsets: Sequence[int]
     sizes: Sequence[int]
-    tables: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Opened:
-    planes: tuple[_Plane, ...]
     decode: Callable
 
 
@@ -68,14 +63,14 @@ class TiledImage:
         self.chunks = (3, *self._tile)
         self._grid = (-(-height // self._tile[0]), -(-width // self._tile[1]))
         self._lock = threading.Lock()
-        self._opened: _Opened | None = None
+        self._planes: list[_Plane] = []
         self._process = 0
 
     def __repr__(self) -> str:
         return f"TiledImage {self.shape} of {self.path.name!r}, tiles {self._tile}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_lock": None}
+        return {**self.__dict__, "_planes": [], "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -100,19 +95,20 @@ class TiledImage:
         out = np.zeros((self._n_samples, max(0, bottom - top), max(0, right - left)), self._stored)
         if not out.size:
             return out
-        opened = self._open()
+        planes = self._open()
         th, tw = self._tile
         tiles = [(iy, ix) for iy in range(top // th, -(-bottom // th)) for ix in range(left // tw, -(-right // tw))]
 
         def place(part: list[tuple[int, int]]) -> None:
             for iy, ix in part:
                 y0, x0 = iy * th, ix * tw
-                for channel, tile in self._tiles(opened, iy, ix):
+                for channel, tile in self._tiles(planes, iy, ix):
                     a, b = max(top, y0), min(bottom, y0 + tile.shape[-2])
                     c, d = max(left, x0), min(right, x0 + tile.shape[-1])
                     out[channel, a - top : b - top, c - left : d - left] = tile[..., a - y0 : b - y0, c - x0 : d - x0]
 
-        n = min(_MAX_THREADS, _n_processors(), len(tiles) // _TILES_PER_THREAD)
+        n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        n = min(_MAX_THREADS, n_cores, len(tiles) // _TILES_PER_THREAD)
         if n < 2:
             place(tiles)
         else:
@@ -125,11 +121,11 @@ class TiledImage:
         """Mask of the tiles that the file lacks, ``(rows, columns)`` of tiles."""
         n = self._grid[0] * self._grid[1]
         lacks = np.ones(n, bool)
-        for plane in self._open().planes:
-            sizes = np.asarray(plane.sizes, np.int64)[: n * (self._n_samples if self._planar else 1)]
-            there = np.zeros(-(-max(len(sizes), 1) // n) * n, bool)
-            there[: len(sizes)] = sizes > 0
-            lacks &= ~there.reshape(-1, n).any(axis=0)
+        for plane in self._open():
+            sizes = np.zeros((self._n_samples if self._planar else 1, n), np.int64)
+            given = plane.sizes[: sizes.size]
+            sizes.flat[: len(given)] = given
+            lacks &= ~sizes.any(axis=0)
         return lacks.reshape(self._grid)
 
     def _blacken(self, pixels: np.ndarray, top: int, left: int) -> None:
@@ -154,88 +150,72 @@ class TiledImage:
             parts.append(tile.reshape(self._n_samples, -1))
         return np.concatenate(parts, axis=1)
 
-    def _tiles(self, opened: _Opened, iy: int, ix: int) -> Iterator[tuple[int | slice, np.ndarray]]:
+    def _tiles(self, planes: list[_Plane], iy: int, ix: int) -> Iterator[tuple[int | slice, np.ndarray]]:
         """Decode the tiles at a grid position, each with its channels."""
         index = iy * self._grid[1] + ix
-        per_plane = self._grid[0] * self._grid[1]
-        wanted: list[tuple[int | slice, _Plane, int]]
-        first, *others = opened.planes
-        if others:
-            wanted = [(i, plane, index) for i, plane in enumerate(opened.planes)]
-        elif self._planar:
-            wanted = [(i, first, index + i * per_plane) for i in range(self._n_samples)]
-        else:
-            wanted = [(slice(None), first, index)]
-        for channel, plane, position in wanted:
-            tile = self._decode(opened, plane, position)
+        if len(planes) == 1 and not self._planar:
+            if (tile := self._decode(planes[0], index)) is not None:
+                yield slice(None), tile.transpose(2, 0, 1)
+            return
+        # The tiles of all channels of a planar page follow each other.
+        step = self._grid[0] * self._grid[1] if self._planar else 0
+        for channel in range(self._n_samples):
+            tile = self._decode(planes[0 if self._planar else channel], index + channel * step)
             if tile is not None:
-                yield channel, (tile.transpose(2, 0, 1) if isinstance(channel, slice) else tile[..., 0])
+                yield channel, tile[..., 0]
 
-    def _decode(self, opened: _Opened, plane: _Plane, index: int) -> np.ndarray | None:
+    def _decode(self, plane: _Plane, index: int) -> np.ndarray | None:
         """Decode one tile, ``(h, w, n)``; ``None`` if the file lacks it."""
         size = plane.sizes[index] if index < len(plane.sizes) else 0
         if not size:
             return None
-        data = self._bytes(plane.descriptor, plane.offsets[index], size)
-        try:
-            return opened.decode(data, index, **plane.tables)[0][0]
-        except Exception as error:
-            raise OSError(
-                f"`path` {str(self.path)!r}: tile {index} is damaged or cannot be decoded ({error_text(error)}); convert the "
-                "file again, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
-            ) from error
-
-    def _bytes(self, descriptor: int, offset: int, size: int) -> bytes:
+        offset = plane.offsets[index]
         if hasattr(os, "pread"):
-            data = os.pread(descriptor, size, offset)
+            data = os.pread(plane.descriptor, size, offset)
         else:
             with self._lock:
-                os.lseek(descriptor, offset, os.SEEK_SET)
-                data = os.read(descriptor, size)
+                os.lseek(plane.descriptor, offset, os.SEEK_SET)
+                data = os.read(plane.descriptor, size)
         if len(data) < size:
             raise OSError(f"`path` {str(self.path)!r} is truncated: {offset + size:,} bytes are needed")
-        return data
+        problem = f"`path` {str(self.path)!r}: tile {index} is damaged or cannot be decoded"
+        advice = "; convert the file again, for example: vips tiffsave IN OUT.tif --tile --pyramid --compression jpeg"
+        with described(OSError, problem, advice):
+            return plane.decode(data, index)[0][0]
 
-    def _open(self) -> _Opened:
-        with self._lock:
-            if self._opened is None or self._process != os.getpid():
-                self._opened = self._open_file()
-                self._process = os.getpid()
-            elif _stamp(os.fstat(self._opened.planes[0].descriptor)) != self._stamp:
-                raise OSError(self._changed())
-            return self._opened
-
-    def _open_file(self) -> _Opened:
+    def _open(self) -> list[_Plane]:
+        """Open the file if this process has not, and return its planes."""
         import tifffile
 
-        try:
-            if _stamp(self.path.stat()) != self._stamp:
-                raise OSError(self._changed())
-            with tifffile.TiffFile(self.path) as file:
-                pages = pages_of(file.series[self._where[0]].levels[self._where[1]])
-                descriptors: dict[str, int] = {}
-                for page in pages:
-                    path = page.parent.filehandle.path
-                    if path not in descriptors:
-                        descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-                keyframe = pages[0].keyframe
-                planes = tuple(
-                    _Plane(
-                        descriptors[page.parent.filehandle.path], page.dataoffsets, page.databytecounts, _tables(page)
+        with self._lock:
+            is_open = self._process == os.getpid() and bool(self._planes)
+            try:
+                status = os.fstat(self._planes[0].descriptor) if is_open else self.path.stat()
+                if _stamp(status) != self._stamp:
+                    raise OSError(
+                        f"`path` {str(self.path)!r} has changed since it was read; read it again with hg.io.read_he"
                     )
-                    for page in pages
-                )
-                opened = _Opened(planes, keyframe.decode)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"`path` {str(self.path)!r} was moved or removed after it was read; put it back, or read the image again "
-                "with hg.io.read_he"
-            ) from error
-        weakref.finalize(opened, _close, os.getpid(), tuple(descriptors.values()))
-        return opened
-
-    def _changed(self) -> str:
-        return f"`path` {str(self.path)!r} has changed since it was read; read it again with hg.io.read_he"
+                if is_open:
+                    return self._planes
+                descriptors: dict[str, int] = {}
+                planes = []
+                with tifffile.TiffFile(self.path) as file:
+                    for page in pages_of(file.series[self._where[0]].levels[self._where[1]]):
+                        path = page.parent.filehandle.path
+                        if path not in descriptors:
+                            descriptors[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                        tables = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader}
+                        given = {name: value for name, value in tables.items() if value is not None}
+                        decode = partial(page.keyframe.decode, **given)
+                        planes.append(_Plane(descriptors[path], page.dataoffsets, page.databytecounts, decode))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"`path` {str(self.path)!r} was moved or removed after it was read; put it back, or read the image "
+                    "again with hg.io.read_he"
+                ) from error
+            weakref.finalize(planes[0], _close, os.getpid(), tuple(descriptors.values()))
+            self._planes, self._process = planes, os.getpid()
+            return planes
 
 
 def pages_of(level: tifffile.TiffPageSeries) -> list[Any]:
@@ -244,11 +224,6 @@ def pages_of(level: tifffile.TiffPageSeries) -> list[Any]:
     if any(page is None for page in pages) or (len(pages) > 1 and level.dataoffset is not None):
         return []
     return pages
-
-
-def _tables(page: Any) -> dict[str, Any]:
-    found = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int]:
@@ -261,35 +236,23 @@ def _close(process: int, descriptors: tuple[int, ...]) -> None:
             os.close(descriptor)
 
 
-def error_text(error: BaseException) -> str:
-    """Return the type and the message of an error."""
-    return f"{type(error).__name__}: {error}".rstrip(": ")
-
-
-def _n_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _full_index(key: Any) -> tuple[Any, Any, Any]:
     """Expand an index to three axes."""
-    key = key if isinstance(key, tuple) else (key,)
-    if any(part is Ellipsis for part in key):
-        at = next(i for i, part in enumerate(key) if part is Ellipsis)
-        key = (*key[:at], *[slice(None)] * (4 - len(key)), *key[at + 1 :])
-    if len(key) > 3:
-        raise IndexError(f"an image has 3 axes, {len(key)} were indexed")
-    key = (*key, *[slice(None)] * (3 - len(key)))
-    return key[0], key[1], key[2]
+    parts = [*(key if isinstance(key, tuple) else (key,)), Ellipsis]
+    # Not `index`, which compares arrays elementwise.
+    at = next(i for i, part in enumerate(parts) if part is Ellipsis)
+    after = [part for part in parts[at + 1 :] if part is not Ellipsis]
+    if at + len(after) > 3:
+        raise IndexError(f"an image has 3 axes, {at + len(after)} were indexed")
+    whole: list[Any] = [slice(None)] * (3 - at - len(after))
+    channels, rows, columns = [*parts[:at], *whole, *after]
+    return channels, rows, columns
 
 
 def _bounds(key: Any, size: int) -> tuple[int, int, Any]:
     """Return the first and last row (exclusive) that an index needs, and the index relative to them."""
-    if isinstance(key, slice):
-        chosen = range(*key.indices(size))
-        if not chosen:
-            return 0, 0, slice(0, 0)
-        return min(chosen), max(chosen) + 1, slice(None, None, chosen.step)
-    index = np.arange(size)[key]
-    if index.size == 0:
-        return 0, 0, index
-    return int(index.min()), int(index.max()) + 1, index - index.min()
+    chosen = np.arange(size)[key]
+    if chosen.size == 0:
+        return 0, 0, chosen
+    first = int(chosen.min())
+    return first, int(chosen.max()) + 1, slice(None, None, key.step) if isinstance(key, slice) else chosen - first

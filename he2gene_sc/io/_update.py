@@ -187,8 +187,7 @@ def _refuse_links_elsewhere(store: Path, changes: list[Change]) -> None:
     """Raise for elements that a link puts on another file system, across which folders cannot be exchanged."""
     for change in changes:
         place = (store / change.path).resolve()
-        while not place.exists():
-            place = place.parent
+        place = next(part for part in (place, *place.parents) if part.exists())
         if place.stat().st_dev != store.stat().st_dev or place.parent.stat().st_dev != store.stat().st_dev:
             raise ValueError(
                 f"`sdata`: {change.kind} {change.name!r} of the store {str(store)!r} is a link to {str(place)!r} on another file "
@@ -290,18 +289,14 @@ def reopen(sdata: SpatialData, store: Path, changes: list[Change]) -> None:
         replaced = None if f"{kind}/{name}" in written else list(written.values())
         if kind == "tables":
             _reopen_table(element, store / kind / name, replaced)
-        elif any(_is_stale(part, replaced) for part in _arrays(element)):
+            continue
+        parts = [level.data for level in levels(element)] if kind in ("images", "labels") else [element]
+        if any(_is_stale(part, replaced) for part in parts):
             lazy.append((kind, name))
     stored = read_elements(store, {kind for kind, _ in lazy})
     with warnings.catch_warnings(action="ignore"):
         for kind, name in lazy:
             getattr(sdata, kind)[name] = stored[name]
-
-
-def _arrays(element: Any) -> list[Any]:
-    """Return the arrays of an image or labels; points and shapes as they are."""
-    is_raster = hasattr(element, "dims") or hasattr(element, "children")
-    return [level.data for level in levels(element)] if is_raster else [element]
 
 
 def _is_stale(values: Any, replaced: list[Path] | None) -> bool:

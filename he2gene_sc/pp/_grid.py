@@ -14,6 +14,7 @@ from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import SPOTS
 from .._core.logs import logger
 from .._core.mpp import attrs_with_mpp, known_mpp
+from .._core.rasters import systems_of
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
@@ -73,7 +74,6 @@ def grid(
     validate.arguments(grid, locals())
     from scipy.ndimage import uniform_filter
     from spatialdata.models import ShapesModel
-    from spatialdata.transformations import get_transformation
 
     image_key = find_image(sdata, None, image_key)
     check_element_free(sdata, "hg.pp.grid", "shapes", key_added)
@@ -107,7 +107,7 @@ def grid(
         geometry=0,
         radius=diameter / 2,
         index=pd.Index([f"{b}x{a}" for a, b in zip(i, j, strict=True)]),
-        transformations=get_transformation(sdata.images[image_key], get_all=True),
+        transformations=systems_of(sdata.images[image_key]),
     )
     if key_added in sdata.shapes and any(key_added in regions_of(table, sdata) for table in sdata.tables.values()):
         before = sdata.shapes[key_added]

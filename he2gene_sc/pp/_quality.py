@@ -13,6 +13,7 @@ from .._core.images import TissueMask, find_image, pyramid_of
 from .._core.keys import ATTRS
 from .._core.logs import logger
 from .._core.mpp import attrs_with_mpp, known_mpp
+from .._core.rasters import systems_of
 from ._tissue import read_thumbnail
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ def qc(
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
     from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel
-    from spatialdata.transformations import get_transformation
 
     sq = logs.import_squidpy()
     if kwargs.get("metrics") is not None:
@@ -118,16 +118,11 @@ def qc(
     tiles = reduced.shapes["qc_img_image_grid"].geometry.scale(across, down, origin=(0, 0))
     shapes = ShapesModel.parse(
         GeoDataFrame(frame, geometry=tiles.to_numpy()),
-        transformations=get_transformation(sdata.images[image_key], get_all=True),
+        transformations=systems_of(sdata.images[image_key]),
     )
     write_element(sdata, "shapes", key_added, shapes)
-    logger.info(
-        "qc: %d tiles of %.0f µm, %d on tissue, in shapes %r",
-        len(shapes),
-        side * mpp * down,
-        frame["is_tissue"].sum(),
-        key_added,
-    )
+    sizes = len(shapes), side * mpp * down, frame["is_tissue"].sum()
+    logger.info("qc: %d tiles of %.0f µm, %d on tissue, in shapes %r", *sizes, key_added)
 
 
 def normalize_stains(
@@ -204,12 +199,9 @@ def normalize_stains(
     options: dict[str, Any] = {"preserve_background": method == "reinhard", **kwargs}
     try:
         with logs.silence("spatialdata._logging"):
-            fitted = sq.experimental.im.fit_stain_reference(
-                _only_image(reference, reference_key, None),
-                "image",
-                method=method,
-                method_params=options.get("method_params"),
-            )
+            target = _only_image(reference, reference_key, None)
+            params = options.get("method_params")
+            fitted = sq.experimental.im.fit_stain_reference(target, "image", method=method, method_params=params)
             sq.experimental.im.normalize_stains(source, "image", fitted, image_key_added="normalized", **options)
     except RuntimeError as error:
         raise ValueError(

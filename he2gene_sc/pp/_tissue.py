@@ -11,6 +11,7 @@ from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import check_image, find_image, pyramid_of
 from .._core.logs import logger
+from .._core.rasters import systems_of
 from ..image import read_reduced, tissue_pixels
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def tissue(
     if method == "glass" and kwargs:
         raise ValueError(f"`method` 'glass' takes no further arguments, given: {sorted(kwargs)}")
     from spatialdata.models import Labels2DModel
-    from spatialdata.transformations import Scale, Sequence, get_transformation
+    from spatialdata.transformations import Scale, Sequence
 
     image_key = find_image(sdata, None, image_key)
     key_added = f"{image_key}_tissue" if key_added is None else key_added
@@ -106,7 +107,7 @@ def tissue(
         dims=("y", "x"),
         transformations={
             system: Sequence([to_pixels, transformation])
-            for system, transformation in get_transformation(sdata.images[image_key], get_all=True).items()
+            for system, transformation in systems_of(sdata.images[image_key]).items()
         },
     )
     write_element(sdata, "labels", key_added, labels)
@@ -121,8 +122,22 @@ def _detect(
     not_glass, structure = pixels
     if method == "glass":
         return _clean_pieces(not_glass), method
+    from spatialdata import SpatialData
+    from spatialdata.models import Image2DModel
+
+    sq = logs.import_squidpy()
     used = "otsu" if method == "auto" else method
-    mask = _by_squidpy(thumbnail, used, kwargs)
+    reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
+    # The background of H&E is bright. Do not let squidpy infer it from the corners, which may show an inset or tissue.
+    options = {"corners_are_background": used == "weka", **kwargs}
+    with logs.silence("spatialdata._logging"), warnings.catch_warnings():
+        # squidpy calls scikit-image by an old name; users cannot change that.
+        warnings.filterwarnings("ignore", "Parameter `area_threshold` is deprecated", FutureWarning)
+        mask = np.asarray(
+            sq.experimental.im.detect_tissue(
+                reduced, "image", method=used, channel_format="rgb", inplace=False, **options
+            )
+        )
     left_out = mask == 0
     if method == "auto" and not kwargs and left_out.any() and structure[left_out].mean() > _MOSTLY_TISSUE:
         return _clean_pieces(not_glass), "glass"
@@ -136,24 +151,6 @@ def _detect(
             stacklevel=3,
         )
     return mask, used
-
-
-def _by_squidpy(thumbnail: np.ndarray, method: str, kwargs: dict[str, Any]) -> np.ndarray:
-    """Return the mask of squidpy's detection."""
-    from spatialdata import SpatialData
-    from spatialdata.models import Image2DModel
-
-    sq = logs.import_squidpy()
-    reduced = SpatialData(images={"image": Image2DModel.parse(thumbnail, dims=("c", "y", "x"))})
-    # The background of H&E is bright. Do not let squidpy infer it from the corners, which may show an inset or tissue.
-    kwargs = {"corners_are_background": method == "weka", **kwargs}
-    with logs.silence("spatialdata._logging"), warnings.catch_warnings():
-        # squidpy calls scikit-image by an old name; users cannot change that.
-        warnings.filterwarnings("ignore", "Parameter `area_threshold` is deprecated", FutureWarning)
-        mask = sq.experimental.im.detect_tissue(
-            reduced, "image", method=method, channel_format="rgb", inplace=False, **kwargs
-        )
-    return np.asarray(mask)
 
 
 def _clean_pieces(tissue: np.ndarray) -> np.ndarray:
