@@ -273,9 +273,10 @@ def _path(value: Any, folder: Path) -> Path:
 def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
     """Return a folder relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
     from ..models import BUNDLED
+    from ..models._hub import PREFIX
 
     text = str(value).strip()
-    if column == "model" and (text in BUNDLED or text.startswith("hf://")):
+    if column == "model" and (text in BUNDLED or text.startswith(PREFIX)):
         return text
     place = folder / Path(text).expanduser()
     is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))

@@ -76,7 +76,8 @@ def predict(
             proba = network.classify(spot_features, centres_um, torch.from_numpy(embedding).to(device))
         elif proba is None:
             proba = np.empty((n, 0), np.float32)
-    return Predictions(proba, embedding, facts.tissue, network.assess(spot_features, facts))
+    ood = None if network.detector is None else network.detector.assess(spot_features, facts)
+    return Predictions(proba, embedding, facts.tissue, ood)
 
 
 def _encode_spots(

@@ -28,6 +28,8 @@ _TRIES = 20
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
     """Read and check the card, the gene table and the tensors."""
+    from safetensors.numpy import load_file
+
     missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
@@ -45,36 +47,25 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
                 f"{expected[:12]}…); fetch the folder again"
             )
     genes = read_genes(folder / _GENES, f"`model`: {folder.name}/{_GENES}")
-    tensors = _read_tensors(folder / _WEIGHTS, f"`model`: {folder.name}/{_WEIGHTS}")
+    where = f"`model`: {folder.name}/{_WEIGHTS}"
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+    except Exception as error:  # safetensors raises its own type, and numpy lacks some dtypes
+        raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
     if len(genes) != card.n_genes:
         raise ValueError(
             f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {card.n_genes} in {_CARD}; they must agree"
         )
-    check_tensors(card, tensors, f"`model`: {folder.name}/{_WEIGHTS}")
-    _check_order(genes, tensors, f"`model`: {folder.name}/{_GENES}")
-    return card, genes, tensors
-
-
-def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str) -> None:
-    """Raise if rows are in another order than the weights: for centred features, biases are the means of genes."""
-    mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors.get("genes.bias", np.zeros(0)), float)
-    if mean.shape != bias.shape:
-        return
+    check_tensors(card, tensors, where)
+    # For centred features, biases are the means of genes.
+    mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors["genes.bias"], float)
     mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
     if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{where}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
+            f"`model`: {folder.name}/{_GENES}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
             "another order than the weights, and each gene would get the values of another; fetch the folder again"
         )
-
-
-def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    try:
-        return {key: np.asarray(value) for key, value in load_file(path).items()}
-    except Exception as error:  # safetensors raises its own type, and numpy lacks some dtypes
-        raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
+    return card, genes, tensors
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
@@ -89,10 +80,13 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary / _WEIGHTS)
         columns = [*COLUMNS, *(name for name in FIGURES if name in genes)]
         genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
-        files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
-        card = replace(card, files=files)
+        card = replace(card, files={name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)})
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
-        _read_back(temporary, target.name)
+        try:
+            read(temporary)
+        except ValueError as error:
+            found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(temporary.name, target.name))
+            raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
         # mkdtemp and safetensors create private files, but a model should be readable by others.
         temporary.chmod(0o755)
@@ -103,15 +97,6 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
-
-
-def _read_back(folder: Path, name: str) -> None:
-    """Raise if a folder that was just written could not be loaded."""
-    try:
-        read(folder)
-    except ValueError as error:
-        found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(folder.name, name))
-        raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
 
 
 def _replace_folder(new: Path, target: Path) -> None:
@@ -170,18 +155,18 @@ def check_place(path: str | Path) -> Path:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         is_folder = stat.S_ISDIR(target.stat().st_mode)
     found = _list_visible(target)
+    problem = None
     if not is_folder or (found and _CARD not in found):
-        raise FileExistsError(f"`path` {str(path)!r} exists and is not a model folder; choose another or remove it")
-    if target == Path.cwd():
-        raise FileExistsError(
-            f"`path` {str(path)!r} is the current working directory, which saving would replace; choose another"
+        problem = "exists and is not a model folder; choose another or remove it"
+    elif target == Path.cwd():
+        problem = "is the current working directory, which saving would replace; choose another"
+    elif foreign := sorted(found - set(FILES)):
+        problem = (
+            f"holds a model and {foreign[:5]}, which are not part of the model and would be lost; "
+            "move them or choose another folder"
         )
-    foreign = sorted(found - set(FILES))
-    if foreign:
-        raise FileExistsError(
-            f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "
-            "choose another folder"
-        )
+    if problem is not None:
+        raise FileExistsError(f"`path` {str(path)!r} {problem}")
     check_writable(target.parent, path, "path")
     return target
 

@@ -69,35 +69,43 @@ def load_encoder(
     if folder is not None or not isinstance(encoder, str):
         if weights is not None:
             raise ValueError("`weights` need an encoder given by name; this `encoder` has its own weights")
-        found = _check_user_encoder(encoder) if folder is None else load_folder(folder)
-        check_output(*found)
-        return found
-    spec = ENCODERS.get(encoder)
-    if spec is None and not encoder.startswith(_HUB_PREFIXES):
-        _check_timm_name(encoder)
-    wanted = spec or EncoderSpec(encoder, encoder)
-    if wanted.transformers_name:
-        _require_transformers(encoder)
-    if weights is not None:
-        network = _build_with_weights(wanted, Path(weights).expanduser()).float().eval()
-        spec = spec or _spec_of_timm(encoder, network)
+        network, spec = _check_user_encoder(encoder) if folder is None else load_folder(folder)
         check_output(network, spec)
         return network, spec
-    if wanted.weights or wanted.package:
+    spec = ENCODERS.get(encoder)
+    if spec is None and not encoder.startswith(_HUB_PREFIXES):
+        import timm
+
+        if has_source(encoder) or not timm.is_model(encoder.split(".")[0]):
+            raise ValueError(
+                f"encoder {encoder!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
+                "folder as timm saves it"
+            )
+    wanted = spec or EncoderSpec(encoder, encoder)
+    if wanted.transformers_name:
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                f"encoder {encoder!r} needs transformers, which is not installed: `pip install transformers`"
+            ) from error
+    if weights is not None:
+        network = _build_with_weights(wanted, Path(weights).expanduser())
+    elif wanted.weights or wanted.package:
         network = _from_timm(wanted, False)
         if pretrained:
             network.load_state_dict(_read_weights(wanted))
-        return network.eval(), wanted
-    try:
-        with quick_offline():
-            network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
-    except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
-        raise RuntimeError(_how_to_get(wanted, error)) from error
+    else:
+        try:
+            with quick_offline():
+                network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
+        except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
+            raise RuntimeError(_how_to_get(wanted, error)) from error
     network = network.float().eval()
-    if spec is None:
-        spec = _spec_of_timm(encoder, network)
-        check_output(network, spec)
-    return network, spec
+    found = spec or _spec_of_timm(encoder, network)
+    if spec is None or weights is not None:
+        check_output(network, found)
+    return network, found
 
 
 def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
@@ -146,16 +154,6 @@ def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
 def has_source(name: str) -> bool:
     """Return whether the name of an encoder is a source to fetch or read it from, rather than a known name."""
     return name not in ENCODERS and (name.startswith((*_HUB_PREFIXES, PREFIX)) or any(c in name for c in ":/\\"))
-
-
-def _check_timm_name(name: str) -> None:
-    import timm
-
-    if has_source(name) or not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
-            "folder as timm saves it"
-        )
 
 
 def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
@@ -246,15 +244,6 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     if spec.pooling == "network":
         return network
     return Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
-
-
-def _require_transformers(name: str) -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            f"encoder {name!r} needs transformers, which is not installed: `pip install transformers`"
-        ) from error
 
 
 def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:

@@ -49,7 +49,13 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
     architecture, options, config = _read_config(path)
     network = _create(architecture, options, str(path / _CONFIG))
     load_weights(network, path, config.get("classifier"))
-    return network.eval(), _spec(f"{PREFIX}{path.resolve().name}", network, config, str(path / _CONFIG))
+    known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
+    try:
+        return network.eval(), spec_of(f"{PREFIX}{path.resolve().name}", known)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"`encoder`: {str(path / _CONFIG)!r} does not describe the input of the network ({error})"
+        ) from error
 
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
@@ -67,10 +73,16 @@ def load_weights(network: torch.nn.Module, path: Path, classifier: object = None
             f"`weights` {str(file)!r} do not fit the network {type(network).__name__}: missing {lacking[:_MAX_LISTED]}, unknown "
             f"{unknown[:_MAX_LISTED]}, of another shape {other[:_MAX_LISTED]}"
         )
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"`weights` {str(file)!r} hold values that are not finite in {broken[:_MAX_LISTED]}")
+    check_finite(state, "weights", file)
     network.load_state_dict(state)
+
+
+def check_finite(state: Mapping[str, torch.Tensor], parameter: str, file: Path) -> None:
+    """Raise if tensors that were read from a file have values that are not finite."""
+    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ValueError(
+            f"`{parameter}` {str(file)!r} holds values that are not finite in {broken[:_MAX_LISTED]}: its training diverged"
+        )
 
 
 def weights_file(path: Path) -> Path:
@@ -80,11 +92,9 @@ def weights_file(path: Path) -> Path:
     if not path.is_dir():
         raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
     found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
-    for name in _PREFERRED:
-        if path / name in found:
-            return path / name
-    if len(found) == 1:
-        return found[0]
+    preferred = [path / name for name in _PREFERRED if path / name in found]
+    if preferred or len(found) == 1:
+        return [*preferred, *found][0]
     raise ValueError(
         f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
         f"{_PREFERRED[0]!r} for example, is needed"
@@ -93,45 +103,32 @@ def weights_file(path: Path) -> Path:
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a file by name, without wrappers and prefixes; no code in the file can run."""
-    found: Any = _read_safe(path, parameter) if path.suffix == _SAFETENSORS else _read_pickled(path, parameter)
-    for wrapper in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
     import torch
-
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        kind = (
-            f"a mapping with {list(found)[:_MAX_LISTED]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        )
-        raise ValueError(
-            f"`{parameter}` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}"
-        )
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
-
-
-def _read_safe(path: Path, parameter: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    kind = "safetensors" if path.suffix == _SAFETENSORS else "PyTorch"
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a safetensors file ({error})") from error
-
-
-def _read_pickled(path: Path, parameter: str) -> Any:
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found: Any = (
+            load_file(path) if kind == "safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`{parameter}` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is not a PyTorch file. Objects "
             "in it could run any code, so they are refused: save only `model.state_dict()` to the file"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "it is empty")
-        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a PyTorch file ({reason})") from error
+        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a {kind} file ({reason})") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        keys = f" with {list(found)[:_MAX_LISTED]}" if isinstance(found, Mapping) else ""
+        raise ValueError(
+            f"`{parameter}` {path.name!r} holds a {type(found).__name__}{keys}; a state dict is needed, bare or under one of {_WRAPPERS}"
+        )
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -169,14 +166,6 @@ def _create(architecture: str, options: dict[str, Any], where: str) -> torch.nn.
         return timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
     except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
-
-
-def _spec(name: str, network: torch.nn.Module, config: dict[str, Any], where: str) -> EncoderSpec:
-    known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
-    try:
-        return spec_of(name, known)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"`encoder`: {where!r} does not describe the input of the network ({error})") from error
 
 
 def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> EncoderSpec:
