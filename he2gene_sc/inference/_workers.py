@@ -6,9 +6,8 @@ import contextlib
 import io
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import torch
 
 from .._settings import settings
 from ..image import PatchReader
-from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explain_write_errors, is_whole
+from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explain_write_errors
 from ._device import allocator, n_readers, resolve_device
 from ._pixels import Pixels
 
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 SENT_BYTES = 2**26
 #: Limits a process to one task at a time, even if its worker has several threads.
 _TASK_LOCK = threading.Lock()
-#: Names of tasks whose pixels this process reads correctly.
-_CHECKED_TASKS: set[str] = set()
+#: Marker files of tasks whose pixels this process reads correctly.
+_CHECKED: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,10 @@ class _Task:
     part: Part
     how: Encoder
     device: str | torch.device
-    marker_file: Path  # created by the caller
+    marker_file: Path  # created by the caller for this task
     probe: int  # number of a batch
     digest: str  # of the pixels of that batch
     n_readers: int | None  # `settings.n_readers` of the caller
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[torch.device]:
@@ -160,9 +158,9 @@ class _Task:
             device = resolve_device(self.device)
             self.part.reader.allocate = allocator(device)
             self.part.reader.n_readers = n_readers(device, self.n_readers)
-            if self.name not in _CHECKED_TASKS:
+            if self.marker_file not in _CHECKED:
                 self._check()
-                _CHECKED_TASKS.add(self.name)
+                _CHECKED.add(self.marker_file)
             yield device
 
     def _check(self) -> None:
@@ -198,7 +196,7 @@ def _encode_block(task: _Task, block: Block, shape: tuple[int, ...]) -> int:
     """Encode one block, and return the number of its spots."""
     with task.running() as device:
         # A worker that died may already have written the block.
-        if not is_whole(block):
+        if block.read() is None:
             task.part.extractor.to(device)
             encode_blocks(task.part, replace(task.how, device=device), [block], shape)
     return len(block.spots)
