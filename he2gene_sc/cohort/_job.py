@@ -55,10 +55,6 @@ class Job:
     def key(self) -> str:
         return str(self.options.get("key_added") or "he2gene")
 
-    def has_same_options(self, other: Job) -> bool:
-        ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
-        return ours == theirs
-
     @property
     def source(self) -> dict[str, Any]:
         """Identification of the slide, by which a store made from it is recognised; empty for an update in place."""
@@ -108,8 +104,11 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
         attrs = root_attrs(job.output)
         if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
             return None
-        for table, record in _matching_predictions(job, model):
-            if _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record)):
+        for table, record in _matching(job, model):
+            labelled = all(
+                (clean_names(_read(table / "obs" / name)) == value).all() for name, value in job.labels.items()
+            )
+            if labelled and (not job.in_place or _is_of_slide(job, table, record)):
                 _check_complete(table, record, job.key)
                 return _summary(table, record, job.key)
     except Exception:  # noqa: BLE001 - a damaged store raises again, and is reported, when it is predicted
@@ -119,7 +118,7 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
 
 def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
     """Return the summary of a slide that was just predicted."""
-    found = _matching_predictions(job, model) or _predictions(job)
+    found = _matching(job, model) or _predictions(job)
     return _summary(*found[0], job.key)
 
 
@@ -185,7 +184,7 @@ def _predictions(job: Job) -> list[tuple[Path, dict[str, Any]]]:
     return [(table, record) for table, record in found if isinstance(record, dict) and "weights_sha256" in record]
 
 
-def _matching_predictions(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
+def _matching(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
     """Return the tables that hold the prediction of a job, the likeliest first."""
     return [pair for pair in _predictions(job) if _matches(*pair, job, model)]
 
@@ -241,8 +240,8 @@ def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str,
     used = record.get("features")
     if used is None or not in_obsm:
         return used is None and not in_obsm
-    record = _read(table / "uns" / str(key).removeprefix("X_"))
-    return bool(used["key"] == key) and _matches_option(used, {"key": key, **feature_settings(record)})
+    settings = feature_settings(_read(table / "uns" / str(key).removeprefix("X_")))
+    return bool(used["key"] == key) and _matches_option(used, {"key": key, **settings})
 
 
 def _matches_option(found: Any, requested: Any) -> bool:
@@ -271,7 +270,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
-
-
-def _has_labels(table: Path, labels: Mapping[str, str]) -> bool:
-    return all(bool((clean_names(_read(table / "obs" / name)) == value).all()) for name, value in labels.items())

@@ -7,6 +7,7 @@ import inspect
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,9 @@ from ._job import Job, output_of
 if TYPE_CHECKING:
     import pandas as pd
 
-#: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their type.
+#: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their types.
 LABELS = ("patient", "section")
-_IMAGE_OPTIONS = {"pitch_um": float, "tissue_method": str}
+_IMAGE_OPTIONS = {"pitch_um": {"float"}, "tissue_method": {"str"}}
 #: Column separators of manifests and summaries, by file suffix.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -29,7 +30,7 @@ def read_jobs(
     slides: str | Path | Iterable[str | Path] | pd.DataFrame,
     shared: Mapping[str, Any],
     *,
-    output_dir: Path | None,
+    output_dir: str | Path | None,
     keep_images: bool,
     overwrite: bool,
     is_local: bool = True,
@@ -48,7 +49,7 @@ def read_jobs(
     if output_dir is not None:
         from ..io._files import check_folder
 
-        check_folder(output_dir, "output_dir")
+        output_dir = check_folder(output_dir, "output_dir")
     _check(shared, is_local)
     jobs, models = [], []
     for where, row in _rows(slides):
@@ -73,23 +74,29 @@ def read_jobs(
         jobs.append(Job(path, place, options, labels, **own, keep_image=keep_images, overwrite=overwrite))
     if not jobs:
         raise ValueError("`paths` names no slide; pass stores, images or a manifest with a column `path`")
-    _check_patients(jobs)
+    for label in LABELS:
+        found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
+        check_spelling(found, "paths", label, what=f"{label}s", fix="spell them alike")
     _check_outputs(jobs)
     _warn_of_duplicates(jobs, models)
     return jobs, models
 
 
 @cache
-def _options() -> dict[str, inspect.Parameter]:
-    """Return the arguments of ``tl.predict`` that may differ between slides."""
+def _types() -> dict[str, set[str]]:
+    """Return the types of the options of bare images, and of the arguments of ``tl.predict`` that may differ between slides."""
     from ..tl import predict
 
-    found = validate.parameters(predict)
-    return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
+    found = dict(_IMAGE_OPTIONS)
+    for name, parameter in validate.parameters(predict).items():
+        if name not in ("sdata", "copy", "show_progress_bar"):
+            annotation = inspect.formatannotation(parameter.annotation)
+            found[name] = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    return found
 
 
 def _check_names(names: Iterable[str], what: str) -> None:
-    valid = ["path", "output", *LABELS, *_IMAGE_OPTIONS, *_options()]
+    valid = ["path", "output", *LABELS, *_types()]
     for name in names:
         if name not in valid:
             raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.suggest(name, valid)}")
@@ -132,12 +139,10 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
         resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
         return
     # Devices of remote workers are unknown here: only check the names.
-    found = torch.device("cuda")
-    if device is not None and device != "auto":
-        try:
-            found = torch.device(device)
-        except (RuntimeError, TypeError):
-            resolve_device(device)
+    try:
+        found = torch.device("cuda" if device is None or device == "auto" else device)
+    except (RuntimeError, TypeError):
+        found = resolve_device(device)  # raises
     if not isinstance(dtype, str) or dtype != "auto":
         resolve_dtype(dtype, found)
 
@@ -146,6 +151,8 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each slide for errors, and its path and options."""
     import pandas as pd
 
+    from ..io._decode import IMAGE_SUFFIXES
+
     if isinstance(slides, pd.DataFrame):
         values = slides.itertuples(index=False, name=None)
         rows = ((f"`paths`, row {number}", list(cells)) for number, cells in enumerate(values))
@@ -153,12 +160,17 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     elif isinstance(slides, str | Path):
         path = validate.folder_or_file(slides, "paths")
         if path.suffix.lower() in SEPARATORS:
-            header, lines = read_manifest(path)
+            header, lines = _read_manifest(path)
             rows = ((f"{path.name}, line {number}", cells) for number, cells in lines)
             yield from _checked(header, rows, path.resolve().parent, path.name)
-        else:
-            _check_kind(path)
-            yield "`paths`", {"path": _path(slides, Path.cwd())}
+            return
+        # Tables in other formats would be read as an image.
+        if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise ValueError(
+                f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
+                "manifest (.csv, .tsv) is needed"
+            )
+        yield "`paths`", {"path": _path(slides, Path.cwd())}
     else:
         if not isinstance(slides, Iterable) or isinstance(slides, Mapping | bytes):
             raise TypeError(
@@ -169,19 +181,8 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
 
 
-def _check_kind(path: Path) -> None:
-    """Raise for tables in other formats, which would be read as an image."""
-    from ..io._decode import IMAGE_SUFFIXES
-
-    if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(
-            f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
-            "manifest (.csv, .tsv) is needed"
-        )
-
-
-def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read a manifest: column names, and number and stripped cells of each line that is not empty."""
+def _read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Read a manifest: column names, and number and stripped cells of each line that is not empty; the last may lack."""
     if not path.is_file():
         raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row per slide")
     separator = SEPARATORS[path.suffix.lower()]
@@ -208,26 +209,25 @@ def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
                 f"{path.name}, line {number}: {len(cells)} cells, but the header has {n}; quote texts that contain "
                 f"{separator!r}, and write decimal numbers with a point"
             )
-    lines = [(number, [*cells[:n], *[""] * (n - len(cells))]) for number, cells in lines]
     # Excel writes empty columns.
-    kept = [i for i, name in enumerate(header) if name or any(cells[i] for _, cells in lines)]
-    if not all(header[i] for i in kept):
+    named = [i for i, name in enumerate(header) if name]
+    if any(cell for _, cells in lines for i, cell in enumerate(cells) if i not in named):
         raise ValueError(f"{path.name} has a column without a name that is not empty; name or remove it")
-    return [header[i] for i in kept], [(number, [cells[i] for i in kept]) for number, cells in lines]
+    return [header[i] for i in named], [
+        (number, [cells[i] for i in named if i < len(cells)]) for number, cells in lines
+    ]
 
 
 def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except UnicodeDecodeError as error:
+        if "\0" in text:
+            raise ValueError("it is not a text file")
+    except ValueError as error:
         raise ValueError(
             f"{path.name} is not a manifest in UTF-8 ({error}); save it as 'CSV UTF-8 (comma delimited)'"
         ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{path.name} is not a manifest: it is not a text file; save it as 'CSV UTF-8 (comma delimited)'"
-        )
     return text
 
 
@@ -239,7 +239,7 @@ def _checked(
         raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {columns}")
     _check_names(columns, f"columns of {name}")
     for where, values in rows:
-        row = {column: value for column, value in zip(columns, values, strict=True) if not _is_empty(value)}
+        row = {column: value for column, value in zip(columns, values, strict=False) if not _is_empty(value)}
         if "path" not in row:
             raise ValueError(f"{where}: `path` is empty")
         try:
@@ -286,13 +286,9 @@ def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
 
 def _value(column: str, value: Any) -> Any:
     """Convert a text to the type of its argument; other values are returned unchanged."""
-    if column in _IMAGE_OPTIONS:
-        kinds = {_IMAGE_OPTIONS[column].__name__}
-    elif column in LABELS:
+    if column in LABELS:
         return value
-    else:
-        annotation = inspect.formatannotation(_options()[column].annotation)
-        kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    kinds = _types()[column]
     if "int" in kinds and isinstance(value, float) and value.is_integer():
         return int(value)  # a column of integers with gaps has floats
     if not isinstance(value, str):
@@ -302,19 +298,15 @@ def _value(column: str, value: Any) -> Any:
         return text if text == "all" else [gene.strip() for gene in text.replace(";", ",").split(",") if gene.strip()]
     if "bool" in kinds:
         return validate.one_of(text.lower(), ("true", "false"), column) == "true"
-    if kinds & {"int", "float"}:
-        return _number(column, text, integer="int" in kinds)
-    return text
-
-
-def _number(column: str, text: str, *, integer: bool) -> float | int:
+    if not kinds & {"int", "float"}:
+        return text
     try:
         # Python would read 1_0 as 10.
         number = float(text if "_" not in text else "")
     except ValueError:
         point = ", with a decimal point" if "," in text else ""
         raise ValueError(f"`{column}` is {text!r}; a number{point} is needed") from None
-    if not integer:
+    if "int" not in kinds:
         return number
     if not number.is_integer():
         raise ValueError(f"`{column}` is {text!r}; a whole number is needed")
@@ -356,21 +348,14 @@ def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
-        duplicate = next(
-            (other for other, its_model in others if other.has_same_options(job) and its_model == model), None
-        )
+        same = [
+            other for other in others if (replace(other[0], path=job.path, output=job.output), other[1]) == (job, model)
+        ]
         others.append((job, model))
-        if duplicate is not None:
+        if same:
             warnings.warn(
-                f"{str(duplicate.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
+                f"{str(same[0][0].path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
                 "comparisons of slides; remove a row",
                 UserWarning,
                 stacklevel=4,
             )
-
-
-def _check_patients(jobs: list[Job]) -> None:
-    """Raise if a patient or section is spelled in two ways."""
-    for label in LABELS:
-        found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
-        check_spelling(found, "paths", label, what=f"{label}s", fix="spell them alike")

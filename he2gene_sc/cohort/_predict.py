@@ -107,7 +107,7 @@ def predict(
     jobs, names = read_jobs(
         paths,
         options,
-        output_dir=None if output_dir is None else validate.folder_or_file(output_dir, "output_dir"),
+        output_dir=output_dir,
         keep_images=keep_images,
         overwrite=overwrite,
         is_local=client is None,
@@ -131,7 +131,8 @@ def predict(
             with contextlib.closing(_predicted(client, todo, n_workers, device)) as rows:
                 for number, row in rows:
                     table.add(number, row)
-                    bar.set_postfix(spots=table.n_spots, failed=table.n_failed)
+                    failed = sum(row["status"] == "failed" for row in table.rows)
+                    bar.set_postfix(spots=sum(row.get("spots", 0) for row in table.rows), failed=failed)
                     bar.update()
     return table.frame()
 
@@ -244,14 +245,6 @@ class _Summary:
             sep = SEPARATORS[self.path.suffix.lower()]
             put_file(self.path, self.frame().to_csv(sep=sep, index=False, float_format="%.6g").encode())
 
-    @property
-    def n_spots(self) -> int:
-        return sum(row.get("spots", 0) for row in self.rows)
-
-    @property
-    def n_failed(self) -> int:
-        return sum(row["status"] == "failed" for row in self.rows)
-
 
 def _columns(labels: Iterable[str]) -> list[str]:
     return ["path", "output", *labels, "status", *METRICS, "seconds", "warnings", "error"]
@@ -280,44 +273,36 @@ def _results(
     """Predict the slides; yield the row of each when it is done. Slides whose workers died are added to ``killed``, if given."""
     from distributed import KilledWorker, as_completed
 
-    futures = _submit(client, todo)
-    try:
-        for future in as_completed(futures):
-            number = futures[future]
-            if killed is not None and future.status == "error" and isinstance(future.exception(), KilledWorker):
-                killed.append(number)
-            else:
-                yield number, _row(future)
-    finally:
-        client.cancel(list(futures))
-
-
-def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, int]:
-    """Submit slides. A model is sent once, as a task that dask repeats if the result is lost."""
     from ..inference import send
 
     session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
+    # Each model is sent once.
     models = {id(model): model for _, model in todo.values()}
     sent = {key: send(client, model) for key, model in models.items()}
     futures = {}
     for number, (job, model) in todo.items():
         key = f"predict-{job.output.name}-{uuid.uuid4().hex}"
         futures[client.submit(run, job, sent[id(model)], session, pure=False, key=key)] = number
-    return futures
-
-
-def _row(future: Any) -> dict[str, Any]:
-    from distributed import KilledWorker
-
-    if future.status == "finished":
-        return future.result()
-    error = future.exception() if future.status == "error" else None
-    if isinstance(error, KilledWorker):
-        return _failed(
-            "the worker died each time it predicted this slide, perhaps from lack of memory: use fewer workers, or check their "
-            f"logs ({error})"
-        )
-    return _failed(f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}")
+    try:
+        for future in as_completed(futures):
+            number = futures[future]
+            error = future.exception() if future.status == "error" else None
+            is_killed = isinstance(error, KilledWorker)
+            if is_killed and killed is not None:
+                killed.append(number)
+                continue
+            if future.status == "finished":
+                row = future.result()
+            elif is_killed:
+                row = _failed(
+                    "the worker died each time it predicted this slide, perhaps from lack of memory: use fewer workers, or check "
+                    f"their logs ({error})"
+                )
+            else:
+                row = _failed(f"the task was {future.status}" if error is None else f"{type(error).__name__}: {error}")
+            yield number, row
+    finally:
+        client.cancel(list(futures))
 
 
 def _failed(error: str) -> dict[str, Any]:
@@ -341,11 +326,9 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
             found = find_finished(job, model)
             if found is None:
                 predict_slide(job, model)
-            row = (
-                {"status": "predicted", **slide_summary(job, model)}
-                if found is None
-                else {"status": "skipped", **found}
-            )
+                row = {"status": "predicted", **slide_summary(job, model)}
+            else:
+                row = {"status": "skipped", **found}
         except Exception as error:  # noqa: BLE001 - the other slides go on after any error
             # Another process may have predicted the same slide meanwhile.
             found = find_finished(job, model)

@@ -30,6 +30,8 @@ _LONGEST_WAIT_S = 600
 def predict_slide(job: Job, model: HE2Gene) -> Path:
     """Read a slide (with tissue mask and pseudo-spots for a bare image), predict and save it; return the store."""
     from .. import io, tl
+    from .._core.stores import fingerprints, remember
+    from ..io._open import open_store
     from ..io._save import check_place, check_target, least_bytes
 
     if not job.path.exists():
@@ -41,7 +43,11 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
             f"`keep_images` is False (--no-image), but store {str(job.path)!r} is updated in place and keeps its image; name another "
             "store: --out, a column `output`, or `output_dir`"
         )
-    sdata = _open(job.path) if job.path.is_dir() else None
+    sdata = None
+    if job.path.is_dir():
+        as_read = fingerprints(job.path)
+        sdata = open_store(job.path)
+        remember(sdata, as_read)
     check_target(job.output, overwrite=job.overwrite or in_place)
     _when_free(lambda: check_place(job.output, 0))
     if sdata is None:
@@ -100,16 +106,6 @@ def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: 
         now = [job.options["shapes_key"]] if job.options.get("shapes_key") else list(regions)
         noted |= {region: " ".join(files.get(each, "") for each in regions[region]) for region in now}
         table.uns[job.key] = {**record, FILES: {region: noted[region] for region in regions if region in noted}}
-
-
-def _open(store: Path) -> SpatialData:
-    from .._core.stores import fingerprints, remember
-    from ..io._open import open_store
-
-    as_read = fingerprints(store)
-    sdata = open_store(store)
-    remember(sdata, as_read)
-    return sdata
 
 
 def _read_image(job: Job) -> SpatialData:
