@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import stat
@@ -30,8 +29,7 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
     """Read and check the card, the gene table and the tensors."""
     from safetensors.numpy import load_file
 
-    missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
     try:
         text = (folder / _CARD).read_text(encoding="utf-8")
@@ -39,8 +37,7 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
         raise ValueError(f"`model`: {folder.name}/{_CARD} is not a text in UTF-8; the folder is damaged") from error
     card = ModelCard.from_json(text, f"{folder.name}/{_CARD}")
     for name in (_GENES, _WEIGHTS):
-        expected = card.files[name]
-        found = _sha256(folder / name)
+        expected, found = card.files[name], _sha256(folder / name)
         if found != expected:
             raise ValueError(
                 f"`model` folder {folder.name!r}: {name} was altered or truncated (SHA-256 {found[:12]}…, the card says "
@@ -62,8 +59,9 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
     mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
     if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"`model`: {folder.name}/{_GENES}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
-            "another order than the weights, and each gene would get the values of another; fetch the folder again"
+            f"`model`: {folder.name}/{_GENES}: the means of {len(mismatched)} genes are exchanged, such as "
+            f"{genes.index[mismatched[:2]].tolist()}: the rows are in another order than the weights, and each gene would get the values "
+            "of another; fetch the folder again"
         )
     return card, genes, tensors
 
@@ -126,23 +124,19 @@ def _replace_folder(new: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _list_visible(folder: Path) -> set[str]:
-    """Return the names in a folder except hidden ones (.git, .DS_Store), which are kept; empty if there is no folder."""
+def _list_visible(place: Path) -> set[str] | None:
+    """Return the names in a folder except hidden ones (.git, .DS_Store), which are kept; ``None`` for anything but a folder."""
     while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                # The open descriptor keeps the inode from being reused; Windows cannot open folders.
-                if os.name == "nt":
-                    before = folder.stat()
-                else:
-                    opened = os.open(folder, os.O_RDONLY)
-                    stack.callback(os.close, opened)
-                    before = os.fstat(opened)
-                found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-                if os.path.samestat(before, folder.stat()):
-                    return found
-            except (FileNotFoundError, NotADirectoryError):
-                return set()
+        try:
+            before = place.stat()
+            if not stat.S_ISDIR(before.st_mode):
+                return None
+            found = {path.name for path in place.iterdir() if not path.name.startswith(".")}
+            after = place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        if (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns):
+            return found
         # Another process replaced the folder, and may have been emptying the old one: list again.
 
 
@@ -150,13 +144,9 @@ def check_place(path: str | Path) -> Path:
     """Return the folder that a model is written to; raise if it exists and is not a model folder."""
     # A link is kept; its target is replaced.
     target = Path(path).expanduser().resolve()
-    # A single stat: between two, another process may be replacing the same model.
-    is_folder = True
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        is_folder = stat.S_ISDIR(target.stat().st_mode)
     found = _list_visible(target)
     problem = None
-    if not is_folder or (found and _CARD not in found):
+    if found is None or (found and _CARD not in found):
         problem = "exists and is not a model folder; choose another or remove it"
     elif target == Path.cwd():
         problem = "is the current working directory, which saving would replace; choose another"

