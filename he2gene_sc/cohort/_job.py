@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
 from .._core.ownership import recorded_keys
+from .._core.stores import digest, newest_mtime, resolved, root_attrs
 
 if TYPE_CHECKING:
     from ..models import HE2Gene
@@ -47,8 +49,6 @@ class Job:
     @property
     def in_place(self) -> bool:
         """Whether the store of the slide itself is updated."""
-        from .._core.stores import resolved
-
         return self.path.is_dir() and self.output == resolved(self.path)
 
     @property
@@ -58,8 +58,6 @@ class Job:
     @property
     def source(self) -> dict[str, Any]:
         """Identification of the slide, by which a store made from it is recognised; empty for an update in place."""
-        from .._core.stores import digest, resolved
-
         if self.in_place:
             return {}
         place = resolved(self.path)
@@ -77,8 +75,6 @@ class Job:
 
 def output_of(path: Path, folder: Path | None = None) -> Path:
     """Return the default output of a prediction: the store itself, a store beside the image, or a store in ``folder``."""
-    from .._core.stores import resolved
-
     place = path if path.is_dir() else path.with_suffix(".zarr")
     return resolved(place if folder is None else folder / f"{path.stem}.zarr")
 
@@ -96,8 +92,6 @@ def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[
 
 def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
     """Return the summary of a slide whose store holds a complete prediction of this model and options; else ``None``."""
-    from ..io._store import root_attrs
-
     if job.overwrite or not model.weights_sha256 or not job.output.is_dir():
         return None
     try:
@@ -123,8 +117,6 @@ def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
 
 
 def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    import pandas as pd
-
     labels = table / "obs" / Keys(key).annotation
     share = float(pd.notna(_read(labels)).mean()) if labels.is_dir() else math.nan
     return recorded_summary(record) | {"share_annotated": share}
@@ -146,8 +138,6 @@ def recorded_summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
     """Whether image and spots are the predicted files; without a record of them, whether none is newer than the prediction."""
-    from .._core.stores import digest, newest_mtime
-
     noted = record.get(FILES, {})
     written = newest_mtime(job.output, [("tables", f"{table.name}/uns/{job.key}")])
     for region, chosen in elements_of(job.output, record).items():

@@ -10,14 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from .._core import validate
+from .._core.keys import check_key
+from .._core.mpp import check_mpp
 from .._core.names import check_spelling, clean_name_argument
+from .._core.stores import resolved
+from .._settings import settings
+from ..io._decode import IMAGE_SUFFIXES
+from ..io._files import check_folder
+from ..models import BUNDLED
+from ..models._hub import PREFIX
+from ..pp._tissue import METHODS
+from ..tl._encoding import EncodingOptions, check_options
 from ._job import Job, output_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their types.
 LABELS = ("patient", "section")
@@ -47,8 +56,6 @@ def read_jobs(
             )
     _check_names(shared, "arguments of hg.cohort.predict")
     if output_dir is not None:
-        from ..io._files import check_folder
-
         output_dir = check_folder(output_dir, "output_dir")
     _check(shared, is_local)
     jobs, models = [], []
@@ -104,11 +111,7 @@ def _check_names(names: Iterable[str], what: str) -> None:
 
 def _check(options: Mapping[str, Any], is_local: bool) -> None:
     """Raise for values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would reject for every slide."""
-    from .._core.keys import check_key
-    from .._core.mpp import check_mpp
-    from ..pp._tissue import METHODS
     from ..tl import predict
-    from ..tl._encoding import EncodingOptions, check_options
 
     validate.arguments(predict, options)
     if "pitch_um" in options:
@@ -131,7 +134,6 @@ def _check(options: Mapping[str, Any], is_local: bool) -> None:
 def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
     import torch
 
-    from .._settings import settings
     from ..inference import resolve_device, resolve_dtype
 
     device, dtype = options.get("device"), options.get("dtype", "auto")
@@ -149,10 +151,6 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
 
 def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each slide for errors, and its path and options."""
-    import pandas as pd
-
-    from ..io._decode import IMAGE_SUFFIXES
-
     if isinstance(slides, pd.DataFrame):
         values = slides.itertuples(index=False, name=None)
         rows = ((f"`paths`, row {number}", list(cells)) for number, cells in enumerate(values))
@@ -249,8 +247,6 @@ def _checked(
 
 
 def _is_empty(value: Any) -> bool:
-    import pandas as pd
-
     if isinstance(value, str):
         return not value.strip()
     return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
@@ -272,9 +268,6 @@ def _path(value: Any, folder: Path) -> Path:
 
 def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
     """Return a folder relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
-    from ..models import BUNDLED
-    from ..models._hub import PREFIX
-
     text = str(value).strip()
     if column == "model" and (text in BUNDLED or text.startswith(PREFIX)):
         return text
@@ -315,8 +308,6 @@ def _value(column: str, value: Any) -> Any:
 
 def _check_outputs(jobs: list[Job]) -> None:
     """Raise if two slides share an output, an output is another slide, or one lies inside another."""
-    from .._core.stores import resolved
-
     writers: dict[Path, Job] = {}
     for job in jobs:
         other = writers.setdefault(job.output, job)
@@ -343,8 +334,6 @@ def _check_outputs(jobs: list[Job]) -> None:
 
 def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
     """Warn of slides that are listed twice (also by links) with the same options."""
-    from .._core.stores import resolved
-
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])

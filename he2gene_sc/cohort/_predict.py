@@ -12,16 +12,19 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from .._core import validate
 from .._core.hints import use_mpp_hint
+from .._core.stores import resolved
 from .._settings import settings
+from ..io._files import check_new_file, put_file
 from ._cluster import check_client, local_client, workers_here
 from ._job import METRICS, Job, find_finished, slide_summary
 from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._slide import predict_slide
 
 if TYPE_CHECKING:
-    import pandas as pd
     from distributed import Client
 
     from ..models import HE2Gene
@@ -184,9 +187,6 @@ class _Summary:
 
     def check_place(self, slides: Any) -> None:
         """Raise if the path is not a table, or if another file would be lost."""
-        from .._core.stores import resolved
-        from ..io._files import check_new_file
-
         path = self.path
         if path is None:
             return
@@ -233,14 +233,10 @@ class _Summary:
             self.lost = True
 
     def frame(self) -> pd.DataFrame:
-        import pandas as pd
-
         frame = pd.DataFrame(self.rows, columns=_columns(self.labels))
         return frame.assign(spots=frame["spots"].astype("Int64"))
 
     def write(self) -> None:
-        from ..io._files import put_file
-
         if self.path is not None:
             sep = SEPARATORS[self.path.suffix.lower()]
             put_file(self.path, self.frame().to_csv(sep=sep, index=False, float_format="%.6g").encode())

@@ -10,11 +10,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import io, pp, tl
 from .._core.hints import mpp_hint
 from .._core.keys import ATTRS
+from .._core.mpp import stored_mpp
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
+from .._core.stores import digest, elements, fingerprints, remember
 from .._core.validate import format_list
+from ..io._open import open_store
+from ..io._save import check_place, check_target, least_bytes
 from ._job import FILES, SOURCE, Job, elements_of, find_finished
 
 if TYPE_CHECKING:
@@ -29,11 +34,6 @@ _LONGEST_WAIT_S = 600
 
 def predict_slide(job: Job, model: HE2Gene) -> Path:
     """Read a slide (with tissue mask and pseudo-spots for a bare image), predict and save it; return the store."""
-    from .. import io, tl
-    from .._core.stores import fingerprints, remember
-    from ..io._open import open_store
-    from ..io._save import check_place, check_target, least_bytes
-
     if not job.path.exists():
         raise ValueError(f"PATH {str(job.path)!r} does not exist")
     in_place, source = job.in_place, job.source  # before the slide is read
@@ -87,8 +87,6 @@ def _when_free(call: Callable[[], T]) -> T:
 
 
 def _element_digests(store: Path) -> dict[tuple[str, str], str]:
-    from .._core.stores import digest, elements
-
     # Elements that cannot be read raise when they are opened.
     with contextlib.suppress(OSError):
         return {each: digest(store, [each]) for each in elements(store) if each[0] != "tables"}
@@ -109,9 +107,6 @@ def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: 
 
 
 def _read_image(job: Job) -> SpatialData:
-    from .. import io, pp
-    from .._core.mpp import stored_mpp
-
     sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
     if stored_mpp(sdata, "he") is None:
         raise ValueError(
@@ -145,8 +140,6 @@ def _write_labels(sdata: SpatialData, job: Job) -> None:
 def _rescue(sdata: SpatialData, target: Path) -> str:
     """Save a prediction beside a store that cannot be written, else in the folder of temporary files; return where."""
     from spatialdata import SpatialData
-
-    from .. import io
 
     # If an element cannot be written, the tables still may be.
     everything = ("labels", "points", "shapes", "tables")

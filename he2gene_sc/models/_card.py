@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
 from .._core import validate
 from ._encoders.scale import describe_tiles
 from ._schema import EXPRESSION_SCALE, check_card, check_class_names
@@ -165,10 +167,7 @@ class ModelCard:
                     _OLD_BLOCK_BOOTSTRAP.sub(BLOCK_BOOTSTRAP, row): found for row, found in rows.items()
                 }
         check_card(data, where)
-        try:
-            return cls(**data)
-        except ValueError as error:
-            raise ValueError(f"`model`: {where}: {error}") from error
+        return cls(**data)
 
     def facts(self) -> dict[str, str]:
         """Return the facts of the model that a notebook shows."""
@@ -190,8 +189,6 @@ class ModelCard:
 
     def to_markdown(self) -> str:
         """Return the card as markdown, the ``README.md`` of the folder."""
-        from jinja2 import Environment, PackageLoader
-
         environment = Environment(
             loader=PackageLoader("he2gene_sc", "models"),
             trim_blocks=True,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file, save_file
 
 from ._card import ModelCard
 from ._gene_table import COLUMNS, FIGURES, read_genes
@@ -27,8 +28,6 @@ _TRIES = 20
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
     """Read and check the card, the gene table and the tensors."""
-    from safetensors.numpy import load_file
-
     if missing := [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
     try:
@@ -68,8 +67,6 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
     """Write a model folder to a temporary folder, read it back, and move it to ``path``."""
-    from safetensors.numpy import save_file
-
     check_tensors(card, tensors, f"model {card.name!r}")
     target = check_place(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._encoders.load import load_encoder
 from ._folder import read
 from ._hub import PREFIX, fetch_folder
 from ._model import HE2Gene
@@ -65,6 +64,8 @@ def load(
     'adipose tissue'
     """
     if encoder is not None:
+        from ._encoders.load import load_encoder
+
         given = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
         return replace(load(model), encoder=given)
     if allow_encoder_source:

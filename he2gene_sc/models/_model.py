@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ._card import ModelCard, as_html, set_genes
+from ._embedding import NO_CONTEXT, Context
 from ._folder import save
+from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
 from ._tensors import ENCODER, check_tensors
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 
     from ._encoders.registry import EncoderSpec
     from ._network import Network
-    from ._ood import OODDetector
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +110,6 @@ class HE2Gene:
             return self._original.network
         import torch
 
-        from ._embedding import NO_CONTEXT, Context
         from ._encoders.load import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
@@ -157,8 +157,6 @@ class HE2Gene:
     @property
     def detector(self) -> OODDetector | None:
         """Detector of slides out of distribution; ``None`` if the model has no statistics of its training data."""
-        from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
-
         if self.card.guard is None:
             return None
         own = (MEAN, SCALE) if MEAN in self.tensors else ("latent.mean", "latent.scale")

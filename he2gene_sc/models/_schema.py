@@ -168,6 +168,27 @@ class _Programmes(_Strict):
     sets: Annotated[dict[Text, _Programme], Field(min_length=1)]
 
 
+def check_class_names(names: Iterable[str], what: str = "class") -> None:
+    """Raise if names of classes cannot be columns of one table in a zarr store."""
+    seen: dict[str, str] = {}
+    for name in names:
+        text = isinstance(name, str) and bool(name.strip())
+        if not text or not name.isprintable() or "/" in name or name.startswith("__") or name in {".", ".."}:
+            raise ValueError(
+                f"{what} name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
+            )
+        if name.lower() in seen:
+            raise ValueError(
+                f"{what} names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
+            )
+        seen[name.lower()] = name
+
+
+def _check_classes(names: list[str]) -> list[str]:
+    check_class_names(names)
+    return names
+
+
 class Card(_Strict):
     """Fields of ``card.json``; :class:`he2gene_sc.models.ModelCard` describes them."""
 
@@ -176,7 +197,7 @@ class Card(_Strict):
     description: str
     encoder: _Encoder
     windows_um: Annotated[list[Positive], Field(min_length=1)]
-    classes: list[Text]
+    classes: Annotated[list[Text], AfterValidator(_check_classes)]
     class_colors: list[Colour]
     n_genes: Count
     n_latent: Count
@@ -226,22 +247,6 @@ def check_card(data: dict[str, Any], where: str) -> None:
             f"`model`: {where}: `context.fine_below_mpp` needs an even `n_latent`, and an annotation whose own `context` is without "
             "`fine_below_mpp`. Fetch the folder again"
         )
-
-
-def check_class_names(names: Iterable[str], what: str = "class") -> None:
-    """Raise if names of classes cannot be columns of one table in a zarr store."""
-    seen: dict[str, str] = {}
-    for name in names:
-        text = isinstance(name, str) and bool(name.strip())
-        if not text or not name.isprintable() or "/" in name or name.startswith("__") or name in {".", ".."}:
-            raise ValueError(
-                f"{what} name {name!r} cannot be stored: it must be a text without '/' and line breaks, not starting '__'"
-            )
-        if name.lower() in seen:
-            raise ValueError(
-                f"{what} names {seen[name.lower()]!r} and {name!r} differ only in case: merge or rename one"
-            )
-        seen[name.lower()] = name
 
 
 def explain(error: ValidationError) -> str:

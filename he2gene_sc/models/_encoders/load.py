@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import timm
+import torch
 
 from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
 from .lite import read_lite
 from .local import PREFIX, load_folder, load_weights, local_path, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
+from .stages import Tokens
 
 if TYPE_CHECKING:
-    import torch
-
     from .._card import ModelCard
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
@@ -74,14 +75,12 @@ def load_encoder(
         check_output(network, spec)
         return network, spec
     spec = ENCODERS.get(encoder)
-    if spec is None and not encoder.startswith(_HUB_PREFIXES):
-        import timm
-
-        if has_source(encoder) or not timm.is_model(encoder.split(".")[0]):
-            raise ValueError(
-                f"encoder {encoder!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
-                "folder as timm saves it"
-            )
+    is_known = spec is not None or (not has_source(encoder) and timm.is_model(encoder.split(".")[0]))
+    if not is_known and not encoder.startswith(_HUB_PREFIXES):
+        raise ValueError(
+            f"encoder {encoder!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
+            "folder as timm saves it"
+        )
     wanted = spec or EncoderSpec(encoder, encoder)
     if wanted.transformers_name:
         try:
@@ -119,8 +118,6 @@ def load_encoder(
 
 def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
     """Check the types of a network of the user and its specification; return a copy in evaluation mode on the CPU, float32."""
-    import torch
-
     if not (
         isinstance(encoder, tuple | list)
         and len(encoder) == 2
@@ -137,8 +134,6 @@ def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
 
 def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
     """Check that a network maps an image to one vector of finite numbers."""
-    import torch
-
     size = (1, 3, spec.input_px, spec.input_px)
     x = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:
@@ -235,11 +230,6 @@ def encoder_of(
 
 
 def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> Any:
-    import timm
-    import torch
-
-    from .stages import Tokens
-
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
     options = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
@@ -257,8 +247,6 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
 
 def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:
     from transformers import AutoConfig, AutoModel
-
-    from .stages import Tokens
 
     source = spec.transformers_name if folder is None else str(folder)
     # Code from a repository is never run and nothing is unpickled: transformers contains both architectures. Neither has registers.

@@ -6,12 +6,14 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from .registry import INTERPOLATIONS, EncoderSpec
-
-if TYPE_CHECKING:
-    import torch
 
 #: Prefix of the name of a timm folder, and of an encoder that was read from one.
 PREFIX = "local-dir:"
@@ -39,8 +41,6 @@ def local_path(encoder: object) -> Path | None:
 
 def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
     """Build a network, with its weights, from a folder as timm saves it (``config.json`` beside the weights)."""
-    import timm
-
     if path.is_file():
         raise ValueError(
             f"`encoder` {str(path)!r} is a file of weights, which does not say which network they belong to; name both: "
@@ -109,10 +109,6 @@ def _weights_file(path: Path) -> Path:
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a file by name, without wrappers and prefixes; no code in the file can run."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     kind = "safetensors" if path.suffix == _SAFETENSORS else "PyTorch"
     try:
         found: Any = (

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import pandas as pd
 
 from .._hub import is_cached
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Weights inside the package.
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -286,8 +285,6 @@ def encoders() -> pd.DataFrame:
     >>> bool(hg.models.encoders().loc["efficientnet-lite0", "available"])
     True
     """
-    import pandas as pd
-
     rows = {}
     for spec in ENCODERS.values():
         if spec.weights:
