@@ -12,12 +12,15 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dask
 import pandas as pd
+from distributed import Client, KilledWorker, as_completed, get_worker
 
 from .._core import validate
 from .._core.hints import use_mpp_hint
 from .._core.stores import resolved
 from .._settings import settings
+from ..inference import send
 from ..io._files import check_new_file, put_file
 from ._cluster import check_client, local_client, workers_here
 from ._job import METRICS, Job, find_finished, slide_summary
@@ -25,8 +28,6 @@ from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._slide import predict_slide
 
 if TYPE_CHECKING:
-    from distributed import Client
-
     from ..models import HE2Gene
 
 #: Predict one slide at a time in a process, however many threads its worker has.
@@ -108,12 +109,7 @@ def predict(
         validate.whole_number(n_workers, "n_workers")
     check_client(client, n_workers)
     jobs, names = read_jobs(
-        paths,
-        options,
-        output_dir=output_dir,
-        keep_images=keep_images,
-        overwrite=overwrite,
-        is_local=client is None,
+        paths, options, output_dir=output_dir, keep_images=keep_images, overwrite=overwrite, is_local=client is None
     )
     table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
     table.check_place(paths)
@@ -153,22 +149,14 @@ def _predicted(
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Predict the slides on a given or a local cluster; yield the row of each when it is done."""
     killed: list[int] = []
-    with _connected(client, len(todo), n_workers, device) as cluster:
+    given = None if client is None else contextlib.nullcontext(client)
+    with given or local_client(workers_here(len(todo), n_workers, device)) as cluster:
         yield from _results(cluster, todo, killed)
-    if not killed:
-        return
-    # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
-    with _connected(client, 1, 1, device, alone=True) as cluster:
-        for number in killed:
-            yield from _results(cluster, {number: todo[number]})
-
-
-def _connected(
-    client: Client | None, n_slides: int, n_workers: int | None, device: str, **options: bool
-) -> contextlib.AbstractContextManager[Client]:
-    if client is not None:
-        return contextlib.nullcontext(client)
-    return local_client(workers_here(n_slides, n_workers, device), **options)
+    if killed:
+        # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
+        with given or local_client(workers_here(1, 1, device), alone=True) as cluster:
+            for number in killed:
+                yield from _results(cluster, {number: todo[number]})
 
 
 class _Summary:
@@ -248,8 +236,6 @@ def _columns(labels: Iterable[str]) -> list[str]:
 
 def _is_summary(path: Path) -> bool:
     """Whether a file starts with the columns of a summary, or is empty."""
-    if not path.is_file():
-        return False
     if not path.stat().st_size:
         return True  # an empty file, as tempfile or touch make it: nothing is lost
     with path.open("rb") as file:
@@ -267,10 +253,6 @@ def _results(
     client: Client, todo: dict[int, tuple[Job, HE2Gene]], killed: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Predict the slides; yield the row of each when it is done. Slides whose workers died are added to ``killed``, if given."""
-    from distributed import KilledWorker, as_completed
-
-    from ..inference import send
-
     session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
     # Each model is sent once.
     models = {id(model): model for _, model in todo.values()}
@@ -307,9 +289,6 @@ def _failed(error: str) -> dict[str, Any]:
 
 def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
     """Predict one slide in a worker; return its row of the table."""
-    import dask
-    from distributed import get_worker
-
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
     hint = use_mpp_hint("pass mpp={mpp} (--mpp {mpp}), or add a column `mpp` to the manifest")
@@ -335,11 +314,10 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _settings(session: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(settings, name) for name in session}
+    before = dict(vars(settings))
     try:
         for name, value in session.items():
             setattr(settings, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        vars(settings).update(before)

@@ -37,7 +37,11 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if not job.path.exists():
         raise ValueError(f"PATH {str(job.path)!r} does not exist")
     in_place, source = job.in_place, job.source  # before the slide is read
-    files = _element_digests(job.path) if in_place else {}
+    files = {}
+    # Elements that cannot be read raise when they are opened.
+    with contextlib.suppress(OSError):
+        if in_place:
+            files = {each: digest(job.path, [each]) for each in elements(job.path) if each[0] != "tables"}
     if in_place and not job.keep_image:
         raise ValueError(
             f"`keep_images` is False (--no-image), but store {str(job.path)!r} is updated in place and keeps its image; name another "
@@ -84,13 +88,6 @@ def _when_free(call: Callable[[], T]) -> T:
             if time.monotonic() > until:
                 raise
         time.sleep(1)
-
-
-def _element_digests(store: Path) -> dict[tuple[str, str], str]:
-    # Elements that cannot be read raise when they are opened.
-    with contextlib.suppress(OSError):
-        return {each: digest(store, [each]) for each in elements(store) if each[0] != "tables"}
-    return {}
 
 
 def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: Mapping[tuple[str, str], str]) -> None:

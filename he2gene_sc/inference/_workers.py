@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+import dask
 import numpy as np
 import torch
 
@@ -40,8 +42,6 @@ class Workers:
 
     def check(self, reader: PatchReader) -> None:
         """Raise if the image is in the memory of this process and larger than :data:`SENT_BYTES`."""
-        import cloudpickle
-
         try:
             cloudpickle.dump(reader.source, _SizeLimit())
         except BufferError as error:
@@ -109,8 +109,6 @@ class _SharedReader:
 
 def send(client: Client, value: Any) -> Future:
     """Send a value that several tasks use to a cluster once, as the result of a task, which can be recomputed if it is lost."""
-    import dask
-
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "16 GiB"}):
         return client.submit(_identity, value, pure=False)
 
@@ -151,8 +149,6 @@ class _Task:
     @contextlib.contextmanager
     def running(self) -> Iterator[torch.device]:
         """Run one task at a time, after a check that this worker reads the same files as the caller."""
-        import dask
-
         # dask reads in this worker: tasks sent to the cluster would wait behind other blocks.
         with _TASK_LOCK, dask.config.set(scheduler="threads", num_workers=1):
             device = resolve_device(self.device)
