@@ -98,11 +98,10 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
         attrs = root_attrs(job.output)
         if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
             return None
-        for table, record in _matching(job, model):
-            labelled = all(
-                (clean_names(_read(table / "obs" / name)) == value).all() for name, value in job.labels.items()
-            )
-            if labelled and (not job.in_place or _is_of_slide(job, table, record)):
+        for table, record in _predictions(job):
+            if not _matches(table, record, job, model) or (job.in_place and not _is_of_slide(job, table, record)):
+                continue
+            if all((clean_names(_read(table / "obs" / name)) == value).all() for name, value in job.labels.items()):
                 _check_complete(table, record, job.key)
                 return _summary(table, record, job.key)
     except Exception:  # noqa: BLE001 - a damaged store raises again, and is reported, when it is predicted
@@ -112,8 +111,9 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
 
 def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
     """Return the summary of a slide that was just predicted."""
-    found = _matching(job, model) or _predictions(job)
-    return _summary(*found[0], job.key)
+    found = _predictions(job)
+    table, record = next((pair for pair in found if _matches(*pair, job, model)), found[0])
+    return _summary(table, record, job.key)
 
 
 def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -172,11 +172,6 @@ def _predictions(job: Job) -> list[tuple[Path, dict[str, Any]]]:
     # If there is a measured table, all genes are in a table that is named after the key.
     found.sort(key=lambda pair: (pair[0].name == job.key) != (job.options.get("genes") == "all"))
     return [(table, record) for table, record in found if isinstance(record, dict) and "weights_sha256" in record]
-
-
-def _matching(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the tables that hold the prediction of a job, the likeliest first."""
-    return [pair for pair in _predictions(job) if _matches(*pair, job, model)]
 
 
 def _read(place: Path) -> Any:
@@ -241,13 +236,9 @@ def _matches_option(found: Any, requested: Any) -> bool:
             and found.keys() == requested.keys()
             and all(_matches_option(found[name], value) for name, value in requested.items())
         )
-    return found is not None and all(_equal(value, requested) for value in _values(found))
-
-
-def _equal(found: Any, requested: Any) -> bool:
     if isinstance(requested, float):
-        return math.isclose(float(found), requested, rel_tol=1e-6)
-    return bool(_plain(found) == _plain(requested))
+        return found is not None and all(math.isclose(float(x), requested, rel_tol=1e-6) for x in _values(found))
+    return found is not None and all(bool(_plain(x) == _plain(requested)) for x in _values(found))
 
 
 def _values(found: Any) -> list[Any]:

@@ -59,17 +59,16 @@ def read_jobs(
         output_dir = check_folder(output_dir, "output_dir")
     _check(shared, is_local)
     jobs, models = [], []
-    for where, row in _rows(slides):
-        options = {**shared, **row}
-        models.append(options.pop("model", "breast-her2st"))
-        path = options.pop("path")
-        output = options.pop("output", None)
-        labels = {name: options.pop(name) for name in LABELS if name in options}
-        own = {name: options.pop(name) for name in _IMAGE_OPTIONS if name in options}
+    for where, row, folder in _rows(slides):
         try:
-            own = {name: _value(name, value) for name, value in own.items()}
+            options = {**shared, **{column: _cell(column, value, folder) for column, value in row.items()}}
+            models.append(options.pop("model", "breast-her2st"))
+            path, output = options.pop("path"), options.pop("output", None)
+            own = {name: _value(name, options.pop(name)) for name in _IMAGE_OPTIONS if name in options}
             labels = {
-                name: clean_name_argument(value, name, sample=name == "patient") for name, value in labels.items()
+                name: clean_name_argument(options.pop(name), name, sample=name == "patient")
+                for name in LABELS
+                if name in options
             }
             _check({**options, **own}, is_local)
             if not isinstance(options.get("genes"), str | None):
@@ -149,38 +148,45 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
         resolve_dtype(dtype, found)
 
 
-def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place of each slide for errors, and its path and options."""
+def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """Yield the place of each slide for errors, its cells that are not empty, and the folder that they are relative to."""
+    name, folder, header = "`paths`", Path.cwd(), ["path"]
+    rows: Iterable[tuple[str, Iterable[Any]]]
     if isinstance(slides, pd.DataFrame):
-        values = slides.itertuples(index=False, name=None)
-        rows = ((f"`paths`, row {number}", list(cells)) for number, cells in enumerate(values))
-        yield from _checked([str(column).strip() for column in slides.columns], rows, Path.cwd(), "`paths`")
+        header = [str(column).strip() for column in slides.columns]
+        cells = slides.itertuples(index=False, name=None)
+        rows = ((f"`paths`, row {number}", values) for number, values in enumerate(cells))
     elif isinstance(slides, str | Path):
         path = validate.folder_or_file(slides, "paths")
+        rows = [("`paths`", [slides])]
         if path.suffix.lower() in SEPARATORS:
-            header, lines = _read_manifest(path)
-            rows = ((f"{path.name}, line {number}", cells) for number, cells in lines)
-            yield from _checked(header, rows, path.resolve().parent, path.name)
-            return
-        # Tables in other formats would be read as an image.
-        if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            name, folder = path.name, path.resolve().parent
+            header, rows = _read_manifest(path)
+        elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            # Tables in other formats would be read as an image.
             raise ValueError(
                 f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
                 "manifest (.csv, .tsv) is needed"
             )
-        yield "`paths`", {"path": _path(slides, Path.cwd())}
+    elif isinstance(slides, Iterable) and not isinstance(slides, Mapping | bytes):
+        rows = ((f"`paths`, number {number}", [path]) for number, path in enumerate(slides))
     else:
-        if not isinstance(slides, Iterable) or isinstance(slides, Mapping | bytes):
-            raise TypeError(
-                f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"
-            )
-        for number, path in enumerate(slides):
-            where = f"`paths`, number {number}"
-            yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
+        raise TypeError(
+            f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"
+        )
+    validate.all_different(header, name, "columns")
+    if "path" not in header:
+        raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {header}")
+    _check_names(header, f"columns of {name}")
+    for where, values in rows:
+        row = {column: value for column, value in zip(header, values, strict=False) if not _is_empty(value)}
+        if "path" not in row:
+            raise ValueError(f"{where}: `path` is empty")
+        yield where, row, folder
 
 
-def _read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read a manifest: column names, and number and stripped cells of each line that is not empty; the last may lack."""
+def _read_manifest(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Read a manifest: column names, and place and stripped cells of each line that is not empty; the last may lack."""
     if not path.is_file():
         raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row per slide")
     separator = SEPARATORS[path.suffix.lower()]
@@ -211,9 +217,8 @@ def _read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     named = [i for i, name in enumerate(header) if name]
     if any(cell for _, cells in lines for i, cell in enumerate(cells) if i not in named):
         raise ValueError(f"{path.name} has a column without a name that is not empty; name or remove it")
-    return [header[i] for i in named], [
-        (number, [cells[i] for i in named if i < len(cells)]) for number, cells in lines
-    ]
+    rows = [(f"{path.name}, line {number}", [cells[i] for i in named if i < len(cells)]) for number, cells in lines]
+    return [header[i] for i in named], rows
 
 
 def _text(path: Path) -> str:
@@ -229,52 +234,25 @@ def _text(path: Path) -> str:
     return text
 
 
-def _checked(
-    columns: list[str], rows: Iterable[tuple[str, list[Any]]], folder: Path, name: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    validate.all_different(columns, name, "columns")
-    if "path" not in columns:
-        raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {columns}")
-    _check_names(columns, f"columns of {name}")
-    for where, values in rows:
-        row = {column: value for column, value in zip(columns, values, strict=False) if not _is_empty(value)}
-        if "path" not in row:
-            raise ValueError(f"{where}: `path` is empty")
-        try:
-            yield where, {column: _cell(column, value, folder) for column, value in row.items()}
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
 def _is_empty(value: Any) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+    return pd.api.types.is_scalar(value) and (bool(pd.isna(value)) or not str(value).strip())
 
 
 def _cell(column: str, value: Any, folder: Path) -> Any:
+    """Convert a cell of a manifest in ``folder`` to the value of its argument."""
     if column in ("path", "output"):
-        return _path(value, folder)
+        path = validate.folder_or_file(value.strip() if isinstance(value, str) else value, column)
+        # Do not follow links: the store is named after the link.
+        return (folder / path).absolute()
     if column in ("model", "features") and isinstance(value, str | Path):
-        return _folder(column, value, folder)
+        text = str(value).strip()
+        if column == "model" and (text in BUNDLED or text.startswith(PREFIX)):
+            return text
+        place = folder / Path(text).expanduser()
+        is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
+        # The function that reads a name that is not a folder finds it in obsm, or raises.
+        return text if is_name and not place.is_dir() else place.absolute()
     return _value(column, value.item() if hasattr(value, "item") and not hasattr(value, "shape") else value)
-
-
-def _path(value: Any, folder: Path) -> Path:
-    text = value.strip() if isinstance(value, str) else value
-    # Do not follow links: the store is named after the link.
-    return (folder / validate.folder_or_file(text, "path")).absolute()
-
-
-def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
-    """Return a folder relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
-    text = str(value).strip()
-    if column == "model" and (text in BUNDLED or text.startswith(PREFIX)):
-        return text
-    place = folder / Path(text).expanduser()
-    is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
-    # The function that reads a name that is not a folder finds it in obsm, or raises.
-    return text if is_name and not place.is_dir() else place.absolute()
 
 
 def _value(column: str, value: Any) -> Any:
@@ -337,14 +315,13 @@ def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
-        same = [
-            other for other in others if (replace(other[0], path=job.path, output=job.output), other[1]) == (job, model)
-        ]
+        for other, its_model in others:
+            if its_model == model and replace(other, path=job.path, output=job.output) == job:
+                warnings.warn(
+                    f"{str(other.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
+                    "comparisons of slides; remove a row",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                break
         others.append((job, model))
-        if same:
-            warnings.warn(
-                f"{str(same[0][0].path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
-                "comparisons of slides; remove a row",
-                UserWarning,
-                stacklevel=4,
-            )
