@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,7 @@ from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
 from .._core.ownership import recorded_keys
 from .._core.stores import digest, newest_mtime, resolved, root_attrs
-
-if TYPE_CHECKING:
-    from ..models import HE2Gene
+from ..models import HE2Gene
 
 #: ``sdata.attrs["he2gene"][SOURCE]``: the slide that a store was made from, unless it was updated in place.
 SOURCE = "source"

@@ -135,13 +135,14 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
 
     from ..inference import resolve_device, resolve_dtype
 
-    device, dtype = options.get("device"), options.get("dtype", "auto")
+    device: Any = options.get("device")
+    dtype = options.get("dtype", "auto")
     if is_local:
         resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
         return
     # Devices of remote workers are unknown here: only check the names.
     try:
-        found = torch.device("cuda" if device is None or device == "auto" else device)
+        found = torch.device("cuda" if device in (None, "auto") else device)
     except (RuntimeError, TypeError):
         found = resolve_device(device)  # raises
     if not isinstance(dtype, str) or dtype != "auto":

@@ -10,7 +10,7 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dask
 import pandas as pd
@@ -22,13 +22,11 @@ from .._core.stores import resolved
 from .._settings import settings
 from ..inference import send
 from ..io._files import check_new_file, put_file
+from ..models import HE2Gene
 from ._cluster import check_client, local_client, workers_here
 from ._job import METRICS, Job, find_finished, slide_summary
 from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._slide import predict_slide
-
-if TYPE_CHECKING:
-    from ..models import HE2Gene
 
 #: Predict one slide at a time in a process, however many threads its worker has.
 _SLIDE_LOCK = threading.Lock()

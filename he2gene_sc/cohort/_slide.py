@@ -20,12 +20,11 @@ from .._core.stores import digest, elements, fingerprints, remember
 from .._core.validate import format_list
 from ..io._open import open_store
 from ..io._save import check_place, check_target, least_bytes
+from ..models import HE2Gene
 from ._job import FILES, SOURCE, Job, elements_of, find_finished
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-    from ..models import HE2Gene
 
 T = TypeVar("T")
 #: Longest time in which another process saves a slide.
@@ -64,8 +63,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if in_place:
         _note_files(sdata, job, before, files)
     if not job.keep_image:
-        for name in list(sdata.images):
-            del sdata.images[name]
+        sdata.images.clear()
     if source:
         sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:

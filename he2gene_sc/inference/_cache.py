@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +34,6 @@ _BLOCK_SPOTS = 1024
 #: Free space that must remain on the disk beside the features.
 _SPARE_BYTES = 2**24
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
 
 Progress = Callable[[int], object] | None
 
@@ -153,8 +151,8 @@ def encode_part(
     part: Part, how: Encoder, batches: Iterable[PatchBatch], progress: Progress
 ) -> Generator[tuple[PatchBatch, np.ndarray], None, None]:
     """Yield each batch and the features of its spots."""
-    options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "symmetries": how.symmetries}
-    for batch, views in encode(part.extractor, batches, **options):
+    found = encode(part.extractor, batches, device=how.device, dtype=how.dtype, symmetries=how.symmetries)
+    for batch, views in found:
         yield batch, views.float().cpu().numpy()
         if progress is not None:
             progress(len(batch.index))
@@ -168,15 +166,14 @@ def batch_ranges(reader: PatchReader) -> list[range]:
 
 
 def _blocks(reader: PatchReader, stem: Path) -> list[Block]:
-    batches = reader.batches
-    stops = [0, *accumulate(map(len, batches))]
-    found = []
+    start, found = 0, []
     for part in batch_ranges(reader):
-        spots = np.concatenate(batches[part.start : part.stop])
+        spots = np.concatenate(reader.batches[part.start : part.stop])
         # The order of the spots depends on the chunks of the image, which are not part of the key.
         order = hashlib.sha256(np.ascontiguousarray(spots, np.int64).tobytes()).hexdigest()[:16]
-        name = f"{stem.name}-{stops[part.start]}-{stops[part.stop]}-{reader.batch_size}-{order}.block"
+        name = f"{stem.name}-{start}-{start + len(spots)}-{reader.batch_size}-{order}.block"
         found.append(Block(stem.with_name(name), part, spots))
+        start += len(spots)
     return found
 
 

@@ -160,7 +160,7 @@ class ModelCard:
             if version < added:
                 data |= dict.fromkeys(names)
         data["schema_version"] = SCHEMA_VERSION
-        metrics = data.get("metrics")
+        metrics: Any = data.get("metrics")
         for protocol, rows in metrics.items() if isinstance(metrics, dict) else ():
             if isinstance(rows, dict):
                 metrics[protocol] = {

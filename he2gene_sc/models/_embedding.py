@@ -38,12 +38,11 @@ class Rows(Protocol):
     @property
     def shape(self) -> tuple[int, ...]:
         """Number of spots, and number of features."""
+        ...
 
-    def __len__(self) -> int:
-        """Return the number of spots."""
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, rows: Any, /) -> Any:
-        """Return the features of a slice of the spots."""
+    def __getitem__(self, rows: Any, /) -> Any: ...
 
 
 def row_blocks(n: int, at_once: int = _ROWS_AT_ONCE) -> list[slice]:

@@ -8,14 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._encoders.registry import EncoderSpec
 from ._folder import read
 from ._hub import PREFIX, fetch_folder
 from ._model import HE2Gene
 
 if TYPE_CHECKING:
     import torch
-
-    from ._encoders.registry import EncoderSpec
 
 _ROOT = Path(__file__).parent / "bundled"
 

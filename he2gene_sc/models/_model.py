@@ -12,6 +12,7 @@ import pandas as pd
 
 from ._card import ModelCard, as_html, set_genes
 from ._embedding import NO_CONTEXT, Context
+from ._encoders.registry import EncoderSpec
 from ._folder import save
 from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
 from ._tensors import ENCODER, check_tensors
@@ -19,7 +20,6 @@ from ._tensors import ENCODER, check_tensors
 if TYPE_CHECKING:
     import torch
 
-    from ._encoders.registry import EncoderSpec
     from ._network import Network
 
 

@@ -185,10 +185,12 @@ class Network(nn.Module):
         for name in ("genes.weight", "genes.bias", "annotation.weight", "annotation.bias"):
             if name in tensors:
                 self.register_buffer(name.replace(".", "_"), tensors[name].float())
-        self.basis, self.annotation_basis = (
-            Basis(*(tensors[name].float().numpy() for name in names), context) if names[0] in tensors else None
-            for names, context in ((TENSORS, context), (_ANNOTATION, annotation_context))
-        )
+        self.basis: Basis | None = None
+        self.annotation_basis: Basis | None = None
+        if TENSORS[0] in tensors:
+            self.basis = _basis(tensors, TENSORS, context)
+        if _ANNOTATION[0] in tensors:
+            self.annotation_basis = _basis(tensors, _ANNOTATION, annotation_context)
 
     @property
     def n_latent(self) -> int:
@@ -229,6 +231,11 @@ class Network(nn.Module):
     def annotation(self, latent: torch.Tensor) -> torch.Tensor:
         """Predict class probabilities, ``(…, k)`` to ``(…, c)``; the caller averages those of several views."""
         return torch.softmax(latent @ self.annotation_weight + self.annotation_bias, dim=-1)
+
+
+def _basis(tensors: dict[str, torch.Tensor], names: tuple[str, ...], context: Context) -> Basis:
+    mean, scale, projection, mixing = (tensors[name].float().numpy() for name in names)
+    return Basis(mean, scale, projection, mixing, context)
 
 
 def apply_symmetry(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:

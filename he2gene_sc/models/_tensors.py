@@ -59,7 +59,14 @@ def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
             f"{where}: tensor 'latent.mean' has {f} features, which are not those of {windows} windows "
             f"(`windows_um`), each with {N_COLOUR} colours"
         )
-    _check_ranges(card, tensors, where)
+    chosen = tensors.get("colour.genes")
+    if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
+        raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
+    if BANK in tensors and not len(tensors[BANK]):
+        raise ValueError(f"{where}: tensor {BANK!r} holds no spot")
+    for name, (groups, pooled, counted) in _MAY_BE_NOT_FINITE.items():
+        if name in tensors and np.isnan(tensors[name][pooled][..., tensors[groups][counted] > 0]).any():
+            raise ValueError(f"{where}: tensor {name!r} holds values that are missing")
 
 
 def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
@@ -98,17 +105,6 @@ def _check_values(name: str, values: np.ndarray, where: str) -> None:
         )
     if name in _NOT_NEGATIVE and (values < 0).any():
         raise ValueError(f"{where}: tensor {name!r} holds negative values")
-
-
-def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    chosen = tensors.get("colour.genes")
-    if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
-        raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
-    if BANK in tensors and not len(tensors[BANK]):
-        raise ValueError(f"{where}: tensor {BANK!r} holds no spot")
-    for name, (groups, pooled, counted) in _MAY_BE_NOT_FINITE.items():
-        if name in tensors and np.isnan(tensors[name][pooled][..., tensors[groups][counted] > 0]).any():
-            raise ValueError(f"{where}: tensor {name!r} holds values that are missing")
 
 
 def _expected_shapes(card: ModelCard, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[_Shape, str]]:

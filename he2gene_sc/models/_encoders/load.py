@@ -5,19 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 
+from .._card import ModelCard
 from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
 from .local import PREFIX, load_folder, load_weights, local_path, read_lite, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
 from .stages import Tokens
-
-if TYPE_CHECKING:
-    from .._card import ModelCard
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -70,9 +68,9 @@ def load_encoder(
     if folder is not None or not isinstance(encoder, str):
         if weights is not None:
             raise ValueError("`weights` need an encoder given by name; this `encoder` has its own weights")
-        network, spec = _check_user_encoder(encoder) if folder is None else load_folder(folder)
-        check_output(network, spec)
-        return network, spec
+        network, own = _check_user_encoder(encoder) if folder is None else load_folder(folder)
+        check_output(network, own)
+        return network, own
     spec = ENCODERS.get(encoder)
     is_known = spec is not None or (not has_source(encoder) and timm.is_model(encoder.split(".")[0]))
     if not is_known and not encoder.startswith(_HUB_PREFIXES):
@@ -172,7 +170,6 @@ def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
 
 
 def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
-    """Build an encoder by name, with local weights."""
     if spec.transformers_name:
         if not path.is_dir():
             raise ValueError(
@@ -230,7 +227,7 @@ def encoder_of(
 
 def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> Any:
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
-    options = {
+    options: dict[str, Any] = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
     }
     name = spec.timm_name
