@@ -135,8 +135,7 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
 
     from ..inference import resolve_device, resolve_dtype
 
-    device: Any = options.get("device")
-    dtype = options.get("dtype", "auto")
+    device, dtype = options.get("device"), options.get("dtype", "auto")
     if is_local:
         resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
         return
@@ -144,7 +143,7 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
     try:
         found = torch.device("cuda" if device in (None, "auto") else device)
     except (RuntimeError, TypeError):
-        found = resolve_device(device)  # raises
+        found = resolve_device(str(device))  # raises
     if not isinstance(dtype, str) or dtype != "auto":
         resolve_dtype(dtype, found)
 
