@@ -76,10 +76,8 @@ def cached_features(
 
     ``fill`` writes missing blocks, given the shape of the features of one spot. By default this process does.
 
-    *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and in pixels, the tiles of the
-    windows, the encoder (weights, architecture, input size, interpolation, normalisation, and its output for one patch of
-    noise, since networks with the same weights may differ), the symmetries, the precision and the version of this format.
-    Batch size and device are not part of the key: they change a feature only by rounding errors.
+    *Key.* SHA-256 of :func:`feature_facts`. Batch size and device are not part of it: they change a feature only by rounding
+    errors.
 
     *Atomic writes.* Batches are written to a temporary file (``.part``), which is renamed when it is complete. Above 1,024
     spots, features are first written in blocks of 1,024 (``.block``): a run after an interruption reads the complete blocks
@@ -248,6 +246,7 @@ def feature_facts(part: Part, how: Encoder, pixels: str) -> dict[str, Any]:
         "windows": [[float(window.um), window.factor, window.size] for window in part.reader.plan.windows],
         "encoder": how.sha256,
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
+        # Networks with the same weights may differ.
         "output": extractor.fingerprint(),
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],

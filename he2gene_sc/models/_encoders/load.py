@@ -189,19 +189,15 @@ def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
 
 
 def encoder_of(
-    card: ModelCard,
-    given: tuple[torch.nn.Module, EncoderSpec] | None,
-    *,
-    pretrained: bool = True,
-    allow_source: bool = False,
+    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None, *, pretrained: bool, allow_source: bool
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Return the given encoder of a model, or the encoder that its card names, if that source is allowed."""
     name = card.encoder["name"]
     if given is None and has_source(name) and not allow_source:
         raise ValueError(
-            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. For safety, weights are "
-            "not fetched from an address in a model folder. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the encoder: "
-            "`hg.models.load(path, encoder='local-dir:FOLDER')`"
+            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. For safety, weights are not fetched "
+            "from an address in a model folder. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the "
+            "encoder: `hg.models.load(path, encoder='local-dir:FOLDER')`"
         )
     try:
         network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
