@@ -8,13 +8,15 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import dask.system
+import torch
+from distributed import Client, Nanny, Scheduler, Worker
+from distributed.deploy.spec import SpecCluster
 
 from .._core import logs, validate
 from .._core.memory import memory_of_machine
-
-if TYPE_CHECKING:
-    from distributed import Client, Worker
 
 #: Expected memory of a worker: torch, scverse and a slide.
 _WORKER_BYTES = 3 * 1024**3
@@ -43,11 +45,12 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
 
     The default is one worker per GPU; without a GPU, as many as cores, memory and slides allow.
     """
-    import torch
-    from dask.system import CPU_COUNT
-
-    cores = CPU_COUNT or 1
-    gpus = _gpus() if device in ("auto", "cuda") else []
+    cores = dask.system.CPU_COUNT or 1
+    gpus = []
+    if device in ("auto", "cuda"):
+        visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        n = torch.cuda.device_count()
+        gpus = visible[:n] or [str(i) for i in range(n)]
     if n_workers is None:
         room = min(cores, memory_of_machine() // _WORKER_BYTES)
         n_workers = len(gpus) or (room if device in ("auto", "cpu") and not torch.backends.mps.is_available() else 1)
@@ -56,25 +59,12 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
     return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(n_workers)]
 
 
-def _gpus() -> list[str]:
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    named = [name.strip() for name in visible.split(",") if name.strip()]
-    n = torch.cuda.device_count()
-    return named[:n] if named else [str(i) for i in range(n)]
-
-
 @contextmanager
 def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> Iterator[Client]:
     """Start a local cluster with a process for each environment and one task at a time; stop it afterwards.
 
     With ``alone``, dask neither pauses nor kills a worker for its memory use.
     """
-    import dask
-    from distributed import Client, Nanny, Scheduler
-    from distributed.deploy.spec import SpecCluster
-
     # dask accepts a logging level, but declares a bool.
     silent: Any = logging.CRITICAL
     common = {

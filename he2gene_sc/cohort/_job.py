@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
 from .._core.ownership import recorded_keys
-
-if TYPE_CHECKING:
-    from ..models import HE2Gene
+from .._core.stores import digest, newest_mtime, resolved, root_attrs
+from ..models import HE2Gene
 
 #: ``sdata.attrs["he2gene"][SOURCE]``: the slide that a store was made from, unless it was updated in place.
 SOURCE = "source"
@@ -47,23 +47,15 @@ class Job:
     @property
     def in_place(self) -> bool:
         """Whether the store of the slide itself is updated."""
-        from .._core.stores import resolved
-
         return self.path.is_dir() and self.output == resolved(self.path)
 
     @property
     def key(self) -> str:
         return str(self.options.get("key_added") or "he2gene")
 
-    def has_same_options(self, other: Job) -> bool:
-        ours, theirs = ((job.options, job.labels, job.pitch_um, job.tissue_method) for job in (self, other))
-        return ours == theirs
-
     @property
     def source(self) -> dict[str, Any]:
         """Identification of the slide, by which a store made from it is recognised; empty for an update in place."""
-        from .._core.stores import digest, resolved
-
         if self.in_place:
             return {}
         place = resolved(self.path)
@@ -81,8 +73,6 @@ class Job:
 
 def output_of(path: Path, folder: Path | None = None) -> Path:
     """Return the default output of a prediction: the store itself, a store beside the image, or a store in ``folder``."""
-    from .._core.stores import resolved
-
     place = path if path.is_dir() else path.with_suffix(".zarr")
     return resolved(place if folder is None else folder / f"{path.stem}.zarr")
 
@@ -100,16 +90,16 @@ def elements_of(store: Path, record: Mapping[str, Any]) -> dict[str, list[tuple[
 
 def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
     """Return the summary of a slide whose store holds a complete prediction of this model and options; else ``None``."""
-    from ..io._store import root_attrs
-
     if job.overwrite or not model.weights_sha256 or not job.output.is_dir():
         return None
     try:
         attrs = root_attrs(job.output)
         if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
             return None
-        for table, record in _matching_predictions(job, model):
-            if _has_labels(table, job.labels) and (not job.in_place or _is_of_slide(job, table, record)):
+        for table, record in _predictions(job):
+            if not _matches(table, record, job, model) or (job.in_place and not _is_of_slide(job, table, record)):
+                continue
+            if all((clean_names(_read(table / "obs" / name)) == value).all() for name, value in job.labels.items()):
                 _check_complete(table, record, job.key)
                 return _summary(table, record, job.key)
     except Exception:  # noqa: BLE001 - a damaged store raises again, and is reported, when it is predicted
@@ -119,13 +109,12 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
 
 def slide_summary(job: Job, model: HE2Gene) -> dict[str, Any]:
     """Return the summary of a slide that was just predicted."""
-    found = _matching_predictions(job, model) or _predictions(job)
-    return _summary(*found[0], job.key)
+    found = _predictions(job)
+    table, record = next((pair for pair in found if _matches(*pair, job, model)), found[0])
+    return _summary(table, record, job.key)
 
 
 def _summary(table: Path, record: Mapping[str, Any], key: str) -> dict[str, Any]:
-    import pandas as pd
-
     labels = table / "obs" / Keys(key).annotation
     share = float(pd.notna(_read(labels)).mean()) if labels.is_dir() else math.nan
     return recorded_summary(record) | {"share_annotated": share}
@@ -147,8 +136,6 @@ def recorded_summary(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_of_slide(job: Job, table: Path, record: Mapping[str, Any]) -> bool:
     """Whether image and spots are the predicted files; without a record of them, whether none is newer than the prediction."""
-    from .._core.stores import digest, newest_mtime
-
     noted = record.get(FILES, {})
     written = newest_mtime(job.output, [("tables", f"{table.name}/uns/{job.key}")])
     for region, chosen in elements_of(job.output, record).items():
@@ -183,11 +170,6 @@ def _predictions(job: Job) -> list[tuple[Path, dict[str, Any]]]:
     # If there is a measured table, all genes are in a table that is named after the key.
     found.sort(key=lambda pair: (pair[0].name == job.key) != (job.options.get("genes") == "all"))
     return [(table, record) for table, record in found if isinstance(record, dict) and "weights_sha256" in record]
-
-
-def _matching_predictions(job: Job, model: HE2Gene) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the tables that hold the prediction of a job, the likeliest first."""
-    return [pair for pair in _predictions(job) if _matches(*pair, job, model)]
 
 
 def _read(place: Path) -> Any:
@@ -241,8 +223,8 @@ def _same_features(table: Path, record: Mapping[str, Any], options: Mapping[str,
     used = record.get("features")
     if used is None or not in_obsm:
         return used is None and not in_obsm
-    record = _read(table / "uns" / str(key).removeprefix("X_"))
-    return bool(used["key"] == key) and _matches_option(used, {"key": key, **feature_settings(record)})
+    settings = feature_settings(_read(table / "uns" / str(key).removeprefix("X_")))
+    return bool(used["key"] == key) and _matches_option(used, {"key": key, **settings})
 
 
 def _matches_option(found: Any, requested: Any) -> bool:
@@ -252,13 +234,9 @@ def _matches_option(found: Any, requested: Any) -> bool:
             and found.keys() == requested.keys()
             and all(_matches_option(found[name], value) for name, value in requested.items())
         )
-    return found is not None and all(_equal(value, requested) for value in _values(found))
-
-
-def _equal(found: Any, requested: Any) -> bool:
     if isinstance(requested, float):
-        return math.isclose(float(found), requested, rel_tol=1e-6)
-    return bool(_plain(found) == _plain(requested))
+        return found is not None and all(math.isclose(float(x), requested, rel_tol=1e-6) for x in _values(found))
+    return found is not None and all(bool(_plain(x) == _plain(requested)) for x in _values(found))
 
 
 def _values(found: Any) -> list[Any]:
@@ -271,7 +249,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else list(value)
-
-
-def _has_labels(table: Path, labels: Mapping[str, str]) -> bool:
-    return all(bool((clean_names(_read(table / "obs" / name)) == value).all()) for name, value in labels.items())

@@ -7,20 +7,30 @@ import inspect
 import io
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from .._core import validate
+from .._core.keys import check_key
+from .._core.mpp import check_mpp
 from .._core.names import check_spelling, clean_name_argument
+from .._core.stores import resolved
+from .._settings import settings
+from ..io._decode import IMAGE_SUFFIXES
+from ..io._files import check_folder
+from ..models import BUNDLED
+from ..models._hub import PREFIX
+from ..pp._tissue import METHODS
+from ..tl._encoding import EncodingOptions, check_options
 from ._job import Job, output_of
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-#: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their type.
+#: Columns of a manifest that are not arguments of ``tl.predict``: labels, and options of bare images with their types.
 LABELS = ("patient", "section")
-_IMAGE_OPTIONS = {"pitch_um": float, "tissue_method": str}
+_IMAGE_OPTIONS = {"pitch_um": {"float"}, "tissue_method": {"str"}}
 #: Column separators of manifests and summaries, by file suffix.
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
@@ -29,7 +39,7 @@ def read_jobs(
     slides: str | Path | Iterable[str | Path] | pd.DataFrame,
     shared: Mapping[str, Any],
     *,
-    output_dir: Path | None,
+    output_dir: str | Path | None,
     keep_images: bool,
     overwrite: bool,
     is_local: bool = True,
@@ -46,22 +56,19 @@ def read_jobs(
             )
     _check_names(shared, "arguments of hg.cohort.predict")
     if output_dir is not None:
-        from ..io._files import check_folder
-
-        check_folder(output_dir, "output_dir")
+        output_dir = check_folder(output_dir, "output_dir")
     _check(shared, is_local)
     jobs, models = [], []
-    for where, row in _rows(slides):
-        options = {**shared, **row}
-        models.append(options.pop("model", "breast-her2st"))
-        path = options.pop("path")
-        output = options.pop("output", None)
-        labels = {name: options.pop(name) for name in LABELS if name in options}
-        own = {name: options.pop(name) for name in _IMAGE_OPTIONS if name in options}
+    for where, row, folder in _rows(slides):
         try:
-            own = {name: _value(name, value) for name, value in own.items()}
+            options = {**shared, **{column: _cell(column, value, folder) for column, value in row.items()}}
+            models.append(options.pop("model", "breast-her2st"))
+            path, output = options.pop("path"), options.pop("output", None)
+            own = {name: _value(name, options.pop(name)) for name in _IMAGE_OPTIONS if name in options}
             labels = {
-                name: clean_name_argument(value, name, sample=name == "patient") for name, value in labels.items()
+                name: clean_name_argument(options.pop(name), name, sample=name == "patient")
+                for name in LABELS
+                if name in options
             }
             _check({**options, **own}, is_local)
             if not isinstance(options.get("genes"), str | None):
@@ -73,23 +80,29 @@ def read_jobs(
         jobs.append(Job(path, place, options, labels, **own, keep_image=keep_images, overwrite=overwrite))
     if not jobs:
         raise ValueError("`paths` names no slide; pass stores, images or a manifest with a column `path`")
-    _check_patients(jobs)
+    for label in LABELS:
+        found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
+        check_spelling(found, "paths", label, what=f"{label}s", fix="spell them alike")
     _check_outputs(jobs)
     _warn_of_duplicates(jobs, models)
     return jobs, models
 
 
 @cache
-def _options() -> dict[str, inspect.Parameter]:
-    """Return the arguments of ``tl.predict`` that may differ between slides."""
+def _types() -> dict[str, set[str]]:
+    """Return the types of the options of bare images, and of the arguments of ``tl.predict`` that may differ between slides."""
     from ..tl import predict
 
-    found = validate.parameters(predict)
-    return {name: value for name, value in found.items() if name not in ("sdata", "copy", "show_progress_bar")}
+    found = dict(_IMAGE_OPTIONS)
+    for name, parameter in validate.parameters(predict).items():
+        if name not in ("sdata", "copy", "show_progress_bar"):
+            annotation = inspect.formatannotation(parameter.annotation)
+            found[name] = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    return found
 
 
 def _check_names(names: Iterable[str], what: str) -> None:
-    valid = ["path", "output", *LABELS, *_IMAGE_OPTIONS, *_options()]
+    valid = ["path", "output", *LABELS, *_types()]
     for name in names:
         if name not in valid:
             raise ValueError(f"{name!r} is not among the {what}, valid: {valid}{validate.suggest(name, valid)}")
@@ -97,11 +110,7 @@ def _check_names(names: Iterable[str], what: str) -> None:
 
 def _check(options: Mapping[str, Any], is_local: bool) -> None:
     """Raise for values that ``pp.tissue``, ``pp.grid`` or ``tl.predict`` would reject for every slide."""
-    from .._core.keys import check_key
-    from .._core.mpp import check_mpp
-    from ..pp._tissue import METHODS
     from ..tl import predict
-    from ..tl._encoding import EncodingOptions, check_options
 
     validate.arguments(predict, options)
     if "pitch_um" in options:
@@ -124,7 +133,6 @@ def _check(options: Mapping[str, Any], is_local: bool) -> None:
 def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
     import torch
 
-    from .._settings import settings
     from ..inference import resolve_device, resolve_dtype
 
     device, dtype = options.get("device"), options.get("dtype", "auto")
@@ -132,56 +140,53 @@ def _check_device(options: Mapping[str, Any], is_local: bool) -> None:
         resolve_dtype(dtype, resolve_device(settings.device if device is None else device))
         return
     # Devices of remote workers are unknown here: only check the names.
-    found = torch.device("cuda")
-    if device is not None and device != "auto":
-        try:
-            found = torch.device(device)
-        except (RuntimeError, TypeError):
-            resolve_device(device)
+    try:
+        found = torch.device("cuda" if device in (None, "auto") else device)
+    except (RuntimeError, TypeError):
+        found = resolve_device(str(device))  # raises
     if not isinstance(dtype, str) or dtype != "auto":
         resolve_dtype(dtype, found)
 
 
-def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place of each slide for errors, and its path and options."""
-    import pandas as pd
-
+def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any], Path]]:
+    """Yield the place of each slide for errors, its cells that are not empty, and the folder that they are relative to."""
+    name, folder, header = "`paths`", Path.cwd(), ["path"]
+    rows: Iterable[tuple[str, Iterable[Any]]]
     if isinstance(slides, pd.DataFrame):
-        values = slides.itertuples(index=False, name=None)
-        rows = ((f"`paths`, row {number}", list(cells)) for number, cells in enumerate(values))
-        yield from _checked([str(column).strip() for column in slides.columns], rows, Path.cwd(), "`paths`")
+        header = [str(column).strip() for column in slides.columns]
+        cells = slides.itertuples(index=False, name=None)
+        rows = ((f"`paths`, row {number}", values) for number, values in enumerate(cells))
     elif isinstance(slides, str | Path):
         path = validate.folder_or_file(slides, "paths")
+        rows = [("`paths`", [slides])]
         if path.suffix.lower() in SEPARATORS:
-            header, lines = read_manifest(path)
-            rows = ((f"{path.name}, line {number}", cells) for number, cells in lines)
-            yield from _checked(header, rows, path.resolve().parent, path.name)
-        else:
-            _check_kind(path)
-            yield "`paths`", {"path": _path(slides, Path.cwd())}
-    else:
-        if not isinstance(slides, Iterable) or isinstance(slides, Mapping | bytes):
-            raise TypeError(
-                f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"
+            name, folder = path.name, path.resolve().parent
+            header, rows = _read_manifest(path)
+        elif path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            # Tables in other formats would be read as an image.
+            raise ValueError(
+                f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
+                "manifest (.csv, .tsv) is needed"
             )
-        for number, path in enumerate(slides):
-            where = f"`paths`, number {number}"
-            yield where, {"path": _path(validate.folder_or_file(path, where.replace("`", "")), Path.cwd())}
-
-
-def _check_kind(path: Path) -> None:
-    """Raise for tables in other formats, which would be read as an image."""
-    from ..io._decode import IMAGE_SUFFIXES
-
-    if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES:
-        raise ValueError(
-            f"`paths` {str(path)!r} ends in {path.suffix!r}; a store, an image ({', '.join(sorted(IMAGE_SUFFIXES))}), or a "
-            "manifest (.csv, .tsv) is needed"
+    elif isinstance(slides, Iterable) and not isinstance(slides, Mapping | bytes):
+        rows = ((f"`paths`, number {number}", [path]) for number, path in enumerate(slides))
+    else:
+        raise TypeError(
+            f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"
         )
+    validate.all_different(header, name, "columns")
+    if "path" not in header:
+        raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {header}")
+    _check_names(header, f"columns of {name}")
+    for where, values in rows:
+        row = {column: value for column, value in zip(header, values, strict=False) if not _is_empty(value)}
+        if "path" not in row:
+            raise ValueError(f"{where}: `path` is empty")
+        yield where, row, folder
 
 
-def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Read a manifest: column names, and number and stripped cells of each line that is not empty."""
+def _read_manifest(path: Path) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Read a manifest: column names, and place and stripped cells of each line that is not empty; the last may lack."""
     if not path.is_file():
         raise ValueError(f"`paths` {str(path)!r}: the file does not exist; name a csv or tsv file with a row per slide")
     separator = SEPARATORS[path.suffix.lower()]
@@ -208,90 +213,53 @@ def read_manifest(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
                 f"{path.name}, line {number}: {len(cells)} cells, but the header has {n}; quote texts that contain "
                 f"{separator!r}, and write decimal numbers with a point"
             )
-    lines = [(number, [*cells[:n], *[""] * (n - len(cells))]) for number, cells in lines]
     # Excel writes empty columns.
-    kept = [i for i, name in enumerate(header) if name or any(cells[i] for _, cells in lines)]
-    if not all(header[i] for i in kept):
+    named = [i for i, name in enumerate(header) if name]
+    if any(cell for _, cells in lines for i, cell in enumerate(cells) if i not in named):
         raise ValueError(f"{path.name} has a column without a name that is not empty; name or remove it")
-    return [header[i] for i in kept], [(number, [cells[i] for i in kept]) for number, cells in lines]
+    rows = [(f"{path.name}, line {number}", [cells[i] for i in named if i < len(cells)]) for number, cells in lines]
+    return [header[i] for i in named], rows
 
 
 def _text(path: Path) -> str:
     content = path.read_bytes()
     try:
         text = content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
-    except UnicodeDecodeError as error:
+        if "\0" in text:
+            raise ValueError("it is not a text file")
+    except ValueError as error:
         raise ValueError(
             f"{path.name} is not a manifest in UTF-8 ({error}); save it as 'CSV UTF-8 (comma delimited)'"
         ) from error
-    if "\0" in text:
-        raise ValueError(
-            f"{path.name} is not a manifest: it is not a text file; save it as 'CSV UTF-8 (comma delimited)'"
-        )
     return text
 
 
-def _checked(
-    columns: list[str], rows: Iterable[tuple[str, list[Any]]], folder: Path, name: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    validate.all_different(columns, name, "columns")
-    if "path" not in columns:
-        raise ValueError(f"{name} lacks the column `path` with the slide of each row; it has {columns}")
-    _check_names(columns, f"columns of {name}")
-    for where, values in rows:
-        row = {column: value for column, value in zip(columns, values, strict=True) if not _is_empty(value)}
-        if "path" not in row:
-            raise ValueError(f"{where}: `path` is empty")
-        try:
-            yield where, {column: _cell(column, value, folder) for column, value in row.items()}
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-
 def _is_empty(value: Any) -> bool:
-    import pandas as pd
-
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (pd.api.types.is_scalar(value) and bool(pd.isna(value)))
+    return pd.api.types.is_scalar(value) and (bool(pd.isna(value)) or not str(value).strip())
 
 
 def _cell(column: str, value: Any, folder: Path) -> Any:
+    """Convert a cell of a manifest in ``folder`` to the value of its argument."""
     if column in ("path", "output"):
-        return _path(value, folder)
+        path = validate.folder_or_file(value.strip() if isinstance(value, str) else value, column)
+        # Do not follow links: the store is named after the link.
+        return (folder / path).absolute()
     if column in ("model", "features") and isinstance(value, str | Path):
-        return _folder(column, value, folder)
+        text = str(value).strip()
+        if column == "model" and (text in BUNDLED or text.startswith(PREFIX)):
+            return text
+        place = folder / Path(text).expanduser()
+        is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
+        # The function that reads a name that is not a folder finds it in obsm, or raises.
+        return text if is_name and not place.is_dir() else place.absolute()
     return _value(column, value.item() if hasattr(value, "item") and not hasattr(value, "shape") else value)
-
-
-def _path(value: Any, folder: Path) -> Path:
-    text = value.strip() if isinstance(value, str) else value
-    # Do not follow links: the store is named after the link.
-    return (folder / validate.folder_or_file(text, "path")).absolute()
-
-
-def _folder(column: str, value: str | Path, folder: Path) -> str | Path:
-    """Return a folder relative to the manifest, or the name of a bundled model or of features in ``obsm``."""
-    from ..models import BUNDLED
-
-    text = str(value).strip()
-    if column == "model" and (text in BUNDLED or text.startswith("hf://")):
-        return text
-    place = folder / Path(text).expanduser()
-    is_name = isinstance(value, str) and len(Path(text).parts) == 1 and not text.startswith((".", "~"))
-    # The function that reads a name that is not a folder finds it in obsm, or raises.
-    return text if is_name and not place.is_dir() else place.absolute()
 
 
 def _value(column: str, value: Any) -> Any:
     """Convert a text to the type of its argument; other values are returned unchanged."""
-    if column in _IMAGE_OPTIONS:
-        kinds = {_IMAGE_OPTIONS[column].__name__}
-    elif column in LABELS:
+    if column in LABELS:
         return value
-    else:
-        annotation = inspect.formatannotation(_options()[column].annotation)
-        kinds = {kind.strip(" '").partition("[")[0] for kind in annotation.split("|")}
+    kinds = _types()[column]
     if "int" in kinds and isinstance(value, float) and value.is_integer():
         return int(value)  # a column of integers with gaps has floats
     if not isinstance(value, str):
@@ -301,19 +269,15 @@ def _value(column: str, value: Any) -> Any:
         return text if text == "all" else [gene.strip() for gene in text.replace(";", ",").split(",") if gene.strip()]
     if "bool" in kinds:
         return validate.one_of(text.lower(), ("true", "false"), column) == "true"
-    if kinds & {"int", "float"}:
-        return _number(column, text, integer="int" in kinds)
-    return text
-
-
-def _number(column: str, text: str, *, integer: bool) -> float | int:
+    if not kinds & {"int", "float"}:
+        return text
     try:
         # Python would read 1_0 as 10.
         number = float(text if "_" not in text else "")
     except ValueError:
         point = ", with a decimal point" if "," in text else ""
         raise ValueError(f"`{column}` is {text!r}; a number{point} is needed") from None
-    if not integer:
+    if "int" not in kinds:
         return number
     if not number.is_integer():
         raise ValueError(f"`{column}` is {text!r}; a whole number is needed")
@@ -322,8 +286,6 @@ def _number(column: str, text: str, *, integer: bool) -> float | int:
 
 def _check_outputs(jobs: list[Job]) -> None:
     """Raise if two slides share an output, an output is another slide, or one lies inside another."""
-    from .._core.stores import resolved
-
     writers: dict[Path, Job] = {}
     for job in jobs:
         other = writers.setdefault(job.output, job)
@@ -350,26 +312,16 @@ def _check_outputs(jobs: list[Job]) -> None:
 
 def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
     """Warn of slides that are listed twice (also by links) with the same options."""
-    from .._core.stores import resolved
-
     seen: dict[Path, list[tuple[Job, Any]]] = {}
     for job, model in zip(jobs, models, strict=True):
         others = seen.setdefault(resolved(job.path), [])
-        duplicate = next(
-            (other for other, its_model in others if other.has_same_options(job) and its_model == model), None
-        )
+        for other, its_model in others:
+            if its_model == model and replace(other, path=job.path, output=job.output) == job:
+                warnings.warn(
+                    f"{str(other.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
+                    "comparisons of slides; remove a row",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                break
         others.append((job, model))
-        if duplicate is not None:
-            warnings.warn(
-                f"{str(duplicate.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
-                "comparisons of slides; remove a row",
-                UserWarning,
-                stacklevel=4,
-            )
-
-
-def _check_patients(jobs: list[Job]) -> None:
-    """Raise if a patient or section is spelled in two ways."""
-    for label in LABELS:
-        found = {f"slide {job.path.name!r}": [job.labels[label]] for job in jobs if label in job.labels}
-        check_spelling(found, "paths", label, what=f"{label}s", fix="spell them alike")

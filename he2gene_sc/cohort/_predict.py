@@ -10,21 +10,23 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import dask
+import pandas as pd
+from distributed import Client, KilledWorker, as_completed, get_worker
 
 from .._core import validate
 from .._core.hints import use_mpp_hint
+from .._core.stores import resolved
 from .._settings import settings
+from ..inference import send
+from ..io._files import check_new_file, put_file
+from ..models import HE2Gene
 from ._cluster import check_client, local_client, workers_here
 from ._job import METRICS, Job, find_finished, slide_summary
 from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._slide import predict_slide
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from distributed import Client
-
-    from ..models import HE2Gene
 
 #: Predict one slide at a time in a process, however many threads its worker has.
 _SLIDE_LOCK = threading.Lock()
@@ -105,12 +107,7 @@ def predict(
         validate.whole_number(n_workers, "n_workers")
     check_client(client, n_workers)
     jobs, names = read_jobs(
-        paths,
-        options,
-        output_dir=None if output_dir is None else validate.folder_or_file(output_dir, "output_dir"),
-        keep_images=keep_images,
-        overwrite=overwrite,
-        is_local=client is None,
+        paths, options, output_dir=output_dir, keep_images=keep_images, overwrite=overwrite, is_local=client is None
     )
     table = _Summary(jobs, None if summary is None else validate.folder_or_file(summary, "summary"))
     table.check_place(paths)
@@ -131,7 +128,8 @@ def predict(
             with contextlib.closing(_predicted(client, todo, n_workers, device)) as rows:
                 for number, row in rows:
                     table.add(number, row)
-                    bar.set_postfix(spots=table.n_spots, failed=table.n_failed)
+                    failed = sum(row["status"] == "failed" for row in table.rows)
+                    bar.set_postfix(spots=sum(row.get("spots", 0) for row in table.rows), failed=failed)
                     bar.update()
     return table.frame()
 
@@ -149,22 +147,14 @@ def _predicted(
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Predict the slides on a given or a local cluster; yield the row of each when it is done."""
     killed: list[int] = []
-    with _connected(client, len(todo), n_workers, device) as cluster:
+    given = None if client is None else contextlib.nullcontext(client)
+    with given or local_client(workers_here(len(todo), n_workers, device)) as cluster:
         yield from _results(cluster, todo, killed)
-    if not killed:
-        return
-    # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
-    with _connected(client, 1, 1, device, alone=True) as cluster:
-        for number in killed:
-            yield from _results(cluster, {number: todo[number]})
-
-
-def _connected(
-    client: Client | None, n_slides: int, n_workers: int | None, device: str, **options: bool
-) -> contextlib.AbstractContextManager[Client]:
-    if client is not None:
-        return contextlib.nullcontext(client)
-    return local_client(workers_here(n_slides, n_workers, device), **options)
+    if killed:
+        # A worker may have died from another slide: try each of these slides again, alone and (locally) with all memory.
+        with given or local_client(workers_here(1, 1, device), alone=True) as cluster:
+            for number in killed:
+                yield from _results(cluster, {number: todo[number]})
 
 
 class _Summary:
@@ -183,9 +173,6 @@ class _Summary:
 
     def check_place(self, slides: Any) -> None:
         """Raise if the path is not a table, or if another file would be lost."""
-        from .._core.stores import resolved
-        from ..io._files import check_new_file
-
         path = self.path
         if path is None:
             return
@@ -232,25 +219,13 @@ class _Summary:
             self.lost = True
 
     def frame(self) -> pd.DataFrame:
-        import pandas as pd
-
         frame = pd.DataFrame(self.rows, columns=_columns(self.labels))
         return frame.assign(spots=frame["spots"].astype("Int64"))
 
     def write(self) -> None:
-        from ..io._files import put_file
-
         if self.path is not None:
             sep = SEPARATORS[self.path.suffix.lower()]
             put_file(self.path, self.frame().to_csv(sep=sep, index=False, float_format="%.6g").encode())
-
-    @property
-    def n_spots(self) -> int:
-        return sum(row.get("spots", 0) for row in self.rows)
-
-    @property
-    def n_failed(self) -> int:
-        return sum(row["status"] == "failed" for row in self.rows)
 
 
 def _columns(labels: Iterable[str]) -> list[str]:
@@ -259,8 +234,6 @@ def _columns(labels: Iterable[str]) -> list[str]:
 
 def _is_summary(path: Path) -> bool:
     """Whether a file starts with the columns of a summary, or is empty."""
-    if not path.is_file():
-        return False
     if not path.stat().st_size:
         return True  # an empty file, as tempfile or touch make it: nothing is lost
     with path.open("rb") as file:
@@ -278,46 +251,34 @@ def _results(
     client: Client, todo: dict[int, tuple[Job, HE2Gene]], killed: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Predict the slides; yield the row of each when it is done. Slides whose workers died are added to ``killed``, if given."""
-    from distributed import KilledWorker, as_completed
-
-    futures = _submit(client, todo)
-    try:
-        for future in as_completed(futures):
-            number = futures[future]
-            if killed is not None and future.status == "error" and isinstance(future.exception(), KilledWorker):
-                killed.append(number)
-            else:
-                yield number, _row(future)
-    finally:
-        client.cancel(list(futures))
-
-
-def _submit(client: Client, todo: dict[int, tuple[Job, HE2Gene]]) -> dict[Any, int]:
-    """Submit slides. A model is sent once, as a task that dask repeats if the result is lost."""
-    from ..inference import send
-
     session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
+    # Each model is sent once.
     models = {id(model): model for _, model in todo.values()}
     sent = {key: send(client, model) for key, model in models.items()}
     futures = {}
     for number, (job, model) in todo.items():
         key = f"predict-{job.output.name}-{uuid.uuid4().hex}"
         futures[client.submit(run, job, sent[id(model)], session, pure=False, key=key)] = number
-    return futures
-
-
-def _row(future: Any) -> dict[str, Any]:
-    from distributed import KilledWorker
-
-    if future.status == "finished":
-        return future.result()
-    error = future.exception() if future.status == "error" else None
-    if isinstance(error, KilledWorker):
-        return _failed(
-            "the worker died each time it predicted this slide, perhaps from lack of memory: use fewer workers, or check their "
-            f"logs ({error})"
-        )
-    return _failed(f"{type(error).__name__}: {error}" if error is not None else f"the task was {future.status}")
+    try:
+        for future in as_completed(futures):
+            number = futures[future]
+            error = future.exception() if future.status == "error" else None
+            is_killed = isinstance(error, KilledWorker)
+            if is_killed and killed is not None:
+                killed.append(number)
+                continue
+            if future.status == "finished":
+                row = future.result()
+            elif is_killed:
+                row = _failed(
+                    "the worker died each time it predicted this slide, perhaps from lack of memory: use fewer workers, or check "
+                    f"their logs ({error})"
+                )
+            else:
+                row = _failed(f"the task was {future.status}" if error is None else f"{type(error).__name__}: {error}")
+            yield number, row
+    finally:
+        client.cancel(list(futures))
 
 
 def _failed(error: str) -> dict[str, Any]:
@@ -326,9 +287,6 @@ def _failed(error: str) -> dict[str, Any]:
 
 def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
     """Predict one slide in a worker; return its row of the table."""
-    import dask
-    from distributed import get_worker
-
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
     hint = use_mpp_hint("pass mpp={mpp} (--mpp {mpp}), or add a column `mpp` to the manifest")
@@ -341,11 +299,9 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
             found = find_finished(job, model)
             if found is None:
                 predict_slide(job, model)
-            row = (
-                {"status": "predicted", **slide_summary(job, model)}
-                if found is None
-                else {"status": "skipped", **found}
-            )
+                row = {"status": "predicted", **slide_summary(job, model)}
+            else:
+                row = {"status": "skipped", **found}
         except Exception as error:  # noqa: BLE001 - the other slides go on after any error
             # Another process may have predicted the same slide meanwhile.
             found = find_finished(job, model)
@@ -356,11 +312,10 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _settings(session: dict[str, Any]) -> Iterator[None]:
-    before = {name: getattr(settings, name) for name in session}
+    before = dict(vars(settings))
     try:
         for name, value in session.items():
             setattr(settings, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        vars(settings).update(before)

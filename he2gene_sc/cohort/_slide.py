@@ -10,17 +10,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from .. import io, pp, tl
 from .._core.hints import mpp_hint
 from .._core.keys import ATTRS
+from .._core.mpp import stored_mpp
 from .._core.names import clean_names
 from .._core.ownership import is_prediction
+from .._core.stores import digest, elements, fingerprints, remember
 from .._core.validate import format_list
+from ..io._open import open_store
+from ..io._save import check_place, check_target, least_bytes
+from ..models import HE2Gene
 from ._job import FILES, SOURCE, Job, elements_of, find_finished
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-    from ..models import HE2Gene
 
 T = TypeVar("T")
 #: Longest time in which another process saves a slide.
@@ -29,19 +33,24 @@ _LONGEST_WAIT_S = 600
 
 def predict_slide(job: Job, model: HE2Gene) -> Path:
     """Read a slide (with tissue mask and pseudo-spots for a bare image), predict and save it; return the store."""
-    from .. import io, tl
-    from ..io._save import check_place, check_target, least_bytes
-
     if not job.path.exists():
         raise ValueError(f"PATH {str(job.path)!r} does not exist")
     in_place, source = job.in_place, job.source  # before the slide is read
-    files = _element_digests(job.path) if in_place else {}
+    files = {}
+    # Elements that cannot be read raise when they are opened.
+    with contextlib.suppress(OSError):
+        if in_place:
+            files = {each: digest(job.path, [each]) for each in elements(job.path) if each[0] != "tables"}
     if in_place and not job.keep_image:
         raise ValueError(
             f"`keep_images` is False (--no-image), but store {str(job.path)!r} is updated in place and keeps its image; name another "
             "store: --out, a column `output`, or `output_dir`"
         )
-    sdata = _open(job.path) if job.path.is_dir() else None
+    sdata = None
+    if job.path.is_dir():
+        as_read = fingerprints(job.path)
+        sdata = open_store(job.path)
+        remember(sdata, as_read)
     check_target(job.output, overwrite=job.overwrite or in_place)
     _when_free(lambda: check_place(job.output, 0))
     if sdata is None:
@@ -54,8 +63,7 @@ def predict_slide(job: Job, model: HE2Gene) -> Path:
     if in_place:
         _note_files(sdata, job, before, files)
     if not job.keep_image:
-        for name in list(sdata.images):
-            del sdata.images[name]
+        sdata.images.clear()
     if source:
         sdata.attrs[ATTRS] = {**sdata.attrs.get(ATTRS, {}), SOURCE: source}
     try:
@@ -80,15 +88,6 @@ def _when_free(call: Callable[[], T]) -> T:
         time.sleep(1)
 
 
-def _element_digests(store: Path) -> dict[tuple[str, str], str]:
-    from .._core.stores import digest, elements
-
-    # Elements that cannot be read raise when they are opened.
-    with contextlib.suppress(OSError):
-        return {each: digest(store, [each]) for each in elements(store) if each[0] != "tables"}
-    return {}
-
-
 def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: Mapping[tuple[str, str], str]) -> None:
     """Record digests of the files of image and spots, taken before they were read, in the record of a prediction."""
     for name, table in sdata.tables.items():
@@ -102,20 +101,7 @@ def _note_files(sdata: SpatialData, job: Job, before: Mapping[str, Any], files: 
         table.uns[job.key] = {**record, FILES: {region: noted[region] for region in regions if region in noted}}
 
 
-def _open(store: Path) -> SpatialData:
-    from .._core.stores import fingerprints, remember
-    from ..io._open import open_store
-
-    as_read = fingerprints(store)
-    sdata = open_store(store)
-    remember(sdata, as_read)
-    return sdata
-
-
 def _read_image(job: Job) -> SpatialData:
-    from .. import io, pp
-    from .._core.mpp import stored_mpp
-
     sdata = io.read_he(job.path, mpp=job.options.get("mpp"))
     if stored_mpp(sdata, "he") is None:
         raise ValueError(
@@ -149,8 +135,6 @@ def _write_labels(sdata: SpatialData, job: Job) -> None:
 def _rescue(sdata: SpatialData, target: Path) -> str:
     """Save a prediction beside a store that cannot be written, else in the folder of temporary files; return where."""
     from spatialdata import SpatialData
-
-    from .. import io
 
     # If an element cannot be written, the tables still may be.
     everything = ("labels", "points", "shapes", "tables")

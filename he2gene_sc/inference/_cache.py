@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +34,6 @@ _BLOCK_SPOTS = 1024
 #: Free space that must remain on the disk beside the features.
 _SPARE_BYTES = 2**24
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-
 
 Progress = Callable[[int], object] | None
 
@@ -78,10 +76,8 @@ def cached_features(
 
     ``fill`` writes missing blocks, given the shape of the features of one spot. By default this process does.
 
-    *Key.* SHA-256 of the pixels of all patches in the order of the spots, the windows in µm and in pixels, the tiles of the
-    windows, the encoder (weights, architecture, input size, interpolation, normalisation, and its output for one patch of
-    noise, since networks with the same weights may differ), the symmetries, the precision and the version of this format.
-    Batch size and device are not part of the key: they change a feature only by rounding errors.
+    *Key.* SHA-256 of :func:`feature_facts`. Batch size and device are not part of it: they change a feature only by rounding
+    errors.
 
     *Atomic writes.* Batches are written to a temporary file (``.part``), which is renamed when it is complete. Above 1,024
     spots, features are first written in blocks of 1,024 (``.block``): a run after an interruption reads the complete blocks
@@ -102,9 +98,7 @@ def cached_features(
         return found
     shape = (reader.n_spots, *_shape(part, how))
     if 0 in shape:
-        empty = np.empty(shape, np.float32)
-        empty.flags.writeable = False
-        return empty
+        return np.broadcast_to(np.float32(0), shape)
 
     blocks = _blocks(reader, folder / f"{_PREFIX}{key}") if len(batch_ranges(reader)) > 1 else []
     n_bytes = 4 * int(np.prod(shape, dtype=np.int64)) + DIGEST_BYTES
@@ -118,19 +112,23 @@ def cached_features(
         with torch.inference_mode():
             _store(path, shape, ((batch.index, rows) for batch, rows in encode_part(part, how, reader, progress)))
     else:
-        missing = _missing_blocks(blocks, progress)
-        if fill is None:
-            encode_blocks(part, how, missing, shape[1:], progress)
-        else:
-            fill(missing, shape[1:])
+        missing = []
+        for block in blocks:
+            if block.read() is None:
+                missing.append(block)
+            elif progress is not None:
+                progress(len(block.spots))
+        if len(missing) < len(blocks):
+            n = reader.n_spots - sum(len(block.spots) for block in missing)
+            logger.info("found features of %d spots from an interrupted run; encoding the others", n)
+        (fill or partial(encode_blocks, part, how, progress=progress))(missing, shape[1:])
         _store(path, shape, _join_blocks(blocks, path, reader.n_spots))
     for block in blocks:
         block.path.unlink(missing_ok=True)
     found = _open(path, reader.n_spots)
     if found is None:
-        raise OSError(
-            errno.EIO, "the features that were read back differ from those written; check the disk", str(path)
-        )
+        reason = "the features that were read back differ from those written; check the disk"
+        raise OSError(errno.EIO, reason, str(path))
     return found
 
 
@@ -142,13 +140,17 @@ class Block:
     batches: range
     spots: np.ndarray
 
+    def read(self) -> np.ndarray | None:
+        """Return the features of the spots; ``None`` if the file does not exist or is damaged."""
+        return _open(self.path, len(self.spots))
+
 
 def encode_part(
     part: Part, how: Encoder, batches: Iterable[PatchBatch], progress: Progress
 ) -> Generator[tuple[PatchBatch, np.ndarray], None, None]:
     """Yield each batch and the features of its spots."""
-    options: dict[str, Any] = {"device": how.device, "dtype": how.dtype, "symmetries": how.symmetries}
-    for batch, views in encode(part.extractor, batches, **options):
+    found = encode(part.extractor, batches, device=how.device, dtype=how.dtype, symmetries=how.symmetries)
+    for batch, views in found:
         yield batch, views.float().cpu().numpy()
         if progress is not None:
             progress(len(batch.index))
@@ -156,41 +158,21 @@ def encode_part(
 
 def batch_ranges(reader: PatchReader) -> list[range]:
     """Return the range of batches of each block."""
+    batches = range(len(reader.batches))
     at_once = max(1, _BLOCK_SPOTS // max(1, reader.batch_size))
-    n = len(reader.batches)
-    return [range(first, min(first + at_once, n)) for first in range(0, n, at_once)]
+    return [batches[first : first + at_once] for first in batches[::at_once]]
 
 
 def _blocks(reader: PatchReader, stem: Path) -> list[Block]:
-    batches = reader.batches
-    stops = [0, *accumulate(map(len, batches))]
-    found = []
+    start, found = 0, []
     for part in batch_ranges(reader):
-        spots = np.concatenate(batches[part.start : part.stop])
+        spots = np.concatenate(reader.batches[part.start : part.stop])
         # The order of the spots depends on the chunks of the image, which are not part of the key.
         order = hashlib.sha256(np.ascontiguousarray(spots, np.int64).tobytes()).hexdigest()[:16]
-        name = f"{stem.name}-{stops[part.start]}-{stops[part.stop]}-{reader.batch_size}-{order}.block"
+        name = f"{stem.name}-{start}-{start + len(spots)}-{reader.batch_size}-{order}.block"
         found.append(Block(stem.with_name(name), part, spots))
+        start += len(spots)
     return found
-
-
-def is_whole(block: Block) -> bool:
-    """Return whether the file of a block exists and is intact."""
-    return _open(block.path, len(block.spots)) is not None
-
-
-def _missing_blocks(blocks: Sequence[Block], progress: Progress) -> list[Block]:
-    """Return the blocks that have no intact file."""
-    missing = []
-    for block in blocks:
-        if not is_whole(block):
-            missing.append(block)
-        elif progress is not None:
-            progress(len(block.spots))
-    if len(missing) < len(blocks):
-        n = sum(len(block.spots) for block in blocks) - sum(len(block.spots) for block in missing)
-        logger.info("found features of %d spots from an interrupted run; encoding the others", n)
-    return missing
 
 
 def encode_blocks(
@@ -211,17 +193,15 @@ def encode_blocks(
 
 def _join_blocks(blocks: Sequence[Block], path: Path, n_spots: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for block in blocks:
-        found = _open(block.path, len(block.spots))
-        if found is not None:
-            yield block.spots, found
-            continue
-        # Another run of the same key may have joined the blocks in the meantime.
-        intact = _open(path, n_spots)
-        if intact is None:
-            raise OSError(
-                errno.EIO, "a block of features is missing or damaged after it was written; run again", str(block.path)
-            )
-        yield block.spots, intact[block.spots]
+        rows = block.read()
+        if rows is None:
+            # Another run of the same key may have joined the blocks in the meantime.
+            joined = _open(path, n_spots)
+            if joined is None:
+                reason = "a block of features is missing or damaged after it was written; run again"
+                raise OSError(errno.EIO, reason, str(block.path))
+            rows = joined[block.spots]
+        yield block.spots, rows
 
 
 def _store(path: Path, shape: tuple[int, ...], parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -266,6 +246,7 @@ def feature_facts(part: Part, how: Encoder, pixels: str) -> dict[str, Any]:
         "windows": [[float(window.um), window.factor, window.size] for window in part.reader.plan.windows],
         "encoder": how.sha256,
         "architecture": hashlib.sha256(repr(extractor.encoder).encode()).hexdigest(),
+        # Networks with the same weights may differ.
         "output": extractor.fingerprint(),
         "input_px": extractor.input_px,
         "normalisation": [preprocess.shift.flatten().tolist(), preprocess.scale.flatten().tolist()],
@@ -325,12 +306,7 @@ def explain_write_errors(folder: Path, n_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = f"the folder of the cache cannot be written ({error.strerror})"
         if error.errno in _DISK_FULL:
-            raise OSError(
-                error.errno,
-                f"the disk is full: the features take {n_bytes:,} bytes; free space or choose another folder for the cache",
-                str(folder),
-            ) from error
-        raise OSError(
-            error.errno, f"the folder of the cache cannot be written ({error.strerror})", str(folder)
-        ) from error
+            reason = f"the disk is full: the features take {n_bytes:,} bytes; free space or choose another folder for the cache"
+        raise OSError(error.errno, reason, str(folder)) from error

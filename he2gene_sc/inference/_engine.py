@@ -15,7 +15,7 @@ from .._core.logs import logger
 from ..image import PatchBatch, PatchReader
 from ..models._embedding import Rows, row_blocks
 from ..models._network import SYMMETRIES, FeatureExtractor, Network, keep_heap
-from ..models._ood import OODResult, SlideFacts
+from ..models._ood import OODResult
 from ._lattice import Interpolated, SpotFeatures
 from ._pixels import Pixels
 
@@ -41,110 +41,88 @@ class Predictions:
 
 def predict(
     network: Network,
-    reader: PatchReader | None,
+    source: PatchReader | SpotFeatures,
     *,
     device: torch.device,
     dtype: torch.dtype,
     tta: bool = False,
     progress: Callable[[int], object] | None = None,
-    features: SpotFeatures | None = None,
 ) -> Predictions:
-    """Predict all spots of a reader, or of ``features`` without reading pixels.
+    """Predict all spots of a reader, or from features of spots.
 
     The encoder runs in ``dtype``, the heads in float32. ``progress`` is called with the number of spots of each batch.
     """
     network = network.to(device)
-    with torch.inference_mode():
-        by_view = network.extractor.fusion == "mean" and network.has_annotation
-        spot_features: Rows
-        if features is None:
-            assert reader is not None
-            spot_features, proba, facts = _encode_spots(network, reader, device, dtype, tta, progress)
-            centres_um = reader.centres * reader.mpp
-        else:
-            centres_um = features.centres_um
-            spot_features = _mean_over_views(features)
-            facts = features.facts
-            proba = _probabilities(network, features, device) if by_view else None
-        n = len(centres_um)
-        if not n:
-            classes = network.annotation_bias.shape[0] if network.has_annotation else 0
-            proba, embedding = (np.empty((0, size), np.float32) for size in (classes, network.n_latent))
-            return Predictions(proba, embedding, facts.tissue)
-        embedding = network.embed(spot_features, centres_um, facts.mpp)
-        if proba is None and network.has_annotation:
-            proba = network.classify(spot_features, centres_um, torch.from_numpy(embedding).to(device))
-        elif proba is None:
-            proba = np.empty((n, 0), np.float32)
-    return Predictions(proba, embedding, facts.tissue, network.assess(spot_features, facts))
-
-
-def _encode_spots(
-    network: Network,
-    reader: PatchReader,
-    device: torch.device,
-    dtype: torch.dtype,
-    tta: bool,
-    progress: Callable[[int], object] | None,
-) -> tuple[np.ndarray, np.ndarray | None, SlideFacts]:
-    """Return features averaged over views, class probabilities if each view is classified, and the quality of the pixels."""
-    symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
+    centres_um = source.centres_um if isinstance(source, SpotFeatures) else source.centres * source.mpp
+    if not len(centres_um):
+        n_classes = network.annotation_bias.shape[0] if network.has_annotation else 0
+        proba, embedding = (np.empty((0, size), np.float32) for size in (n_classes, network.n_latent))
+        return Predictions(proba, embedding, np.empty(0, np.float32))
     by_view = network.extractor.fusion == "mean" and network.has_annotation
-    pixels = Pixels(reader)
-    features, probas = _HostRows(reader.n_spots), _HostRows(reader.n_spots)
-    for batch, views in encode(network.extractor, reader, device=device, dtype=dtype, symmetries=symmetries):
-        features.add(batch.index, views.mean(1))
-        if by_view:
-            probas.add(batch.index, network.annotation(views).mean(1))
-        pixels.add(batch, digest=False)
-        if progress is not None:
-            progress(len(batch.index))
-    return features.array(), probas.array() if by_view and reader.n_spots else None, pixels.facts
+    features: Rows
+    with torch.inference_mode():
+        if isinstance(source, SpotFeatures):
+            features, facts = _mean_over_views(source.values), source.facts
+            probas = _probabilities(network, source.values, device) if by_view else None
+        else:
+            pixels = Pixels(source)
+            features_of, probas_of = _HostRows(source.n_spots), _HostRows(source.n_spots)
+            symmetries = SYMMETRIES if tta else SYMMETRIES[:1]
+            for batch, views in encode(network.extractor, source, device=device, dtype=dtype, symmetries=symmetries):
+                features_of.add(batch.index, views.mean(1))
+                if by_view:
+                    probas_of.add(batch.index, network.annotation(views).mean(1))
+                pixels.add(batch, digest=False)
+                if progress is not None:
+                    progress(len(batch.index))
+            features, facts = features_of.array(), pixels.facts
+            probas = probas_of.array() if by_view else None
+        embedding = network.embed(features, centres_um, facts.mpp)
+        if not network.has_annotation:
+            probas = np.empty((len(centres_um), 0), np.float32)
+        elif probas is None:
+            probas = network.classify(features, centres_um, torch.from_numpy(embedding).to(device))
+    ood = None if network.detector is None else network.detector.assess(features, facts)
+    return Predictions(probas, embedding, facts.tissue, ood)
 
 
 class _HostRows:
     """Array of ``n`` rows that are computed batch by batch on a device and copied to the host in larger parts."""
 
     def __init__(self, n: int):
-        self._n, self._n_bytes = n, 0
+        self._n = n
         self._waiting: list[tuple[np.ndarray, torch.Tensor]] = []
         self._array: np.ndarray | None = None
 
     def add(self, index: np.ndarray, rows: torch.Tensor) -> None:
         self._waiting.append((index, rows))
-        self._n_bytes += rows.nbytes
         # Each copy synchronises with the device.
-        if self._n_bytes >= _DEVICE_BYTES:
-            self._fetch()
+        if len(self._waiting) * rows.nbytes >= _DEVICE_BYTES:
+            self.array()
 
     def array(self) -> np.ndarray:
-        """Return all rows; an array ``(0, 0)`` if there are none."""
+        """Return all rows."""
         if self._waiting:
-            self._fetch()
-        return np.empty((0, 0), np.float32) if self._array is None else self._array
-
-    def _fetch(self) -> None:
-        rows = torch.cat([part for _, part in self._waiting]).cpu().numpy()
-        if self._array is None:
-            self._array = np.empty((self._n, rows.shape[1]), rows.dtype)
-        self._array[np.concatenate([index for index, _ in self._waiting])] = rows
-        self._waiting, self._n_bytes = [], 0
+            rows = torch.cat([part for _, part in self._waiting]).cpu().numpy()
+            if self._array is None:
+                self._array = np.empty((self._n, rows.shape[1]), rows.dtype)
+            self._array[np.concatenate([index for index, _ in self._waiting])] = rows
+            self._waiting = []
+        assert self._array is not None
+        return self._array
 
 
-def _mean_over_views(features: SpotFeatures) -> np.ndarray | Interpolated:
+def _mean_over_views(values: np.ndarray | Interpolated) -> np.ndarray | Interpolated:
     """Average features over views; interpolated features are averaged when they are read."""
-    values = features.values
     if isinstance(values, Interpolated):
         return values
-    if not len(values):
-        return np.empty((0, 0), np.float32)
     parts = (np.array(values[rows], np.float32) for rows in row_blocks(len(values)))
     return np.concatenate([torch.from_numpy(part).mean(1).numpy() for part in parts])
 
 
-def _probabilities(network: Network, features: SpotFeatures, device: torch.device) -> np.ndarray:
+def _probabilities(network: Network, values: np.ndarray | Interpolated, device: torch.device) -> np.ndarray:
     """Return class probabilities, averaged over those of each view."""
-    values, found = features.values, []
+    found = []
     for rows in row_blocks(len(values), _VIEWS_AT_ONCE):
         views = values.views(rows) if isinstance(values, Interpolated) else np.array(values[rows])
         found.append(network.annotation(torch.from_numpy(views).to(device)).mean(1).cpu().numpy())

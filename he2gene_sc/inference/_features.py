@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
 import torch
 
 from ..models._ood import SlideFacts
@@ -58,30 +57,22 @@ def read_features(
             part_pixels = Pixels(part.reader)
             values.append(_encode_in_memory(part, how, part_pixels, progress))
         else:
-            part_pixels, found = _read_or_encode(part, how, folder, progress, workers)
+            place = folder if workers is None else folder.absolute()
+            with contextlib.nullcontext() if workers is None else workers.share(part, how, place) as shared:
+                part_pixels = Pixels.read(part.reader) if shared is None else shared.pixels()
+                fill = None if shared is None else partial(shared.fill, progress=progress)
+                found = cached_features(part, how, place, progress, pixels=part_pixels.sha256, fill=fill)
             values.append(found)
         pixels.append(part_pixels)
     weights = tuple(part.weights for part in parts if part.weights is not None)
     joined = Interpolated(tuple(values), weights, parts[0].extractor.fusion) if weights else values[0]
-    return SpotFeatures(joined, combine_facts(parts, pixels), centres_um), _facts(parts, how, pixels)
+    quality, facts = _facts(parts, how, pixels)
+    return SpotFeatures(joined, quality, centres_um), facts
 
 
 def read_pixels(parts: Sequence[Part], how: Encoder) -> tuple[SlideFacts, dict[str, str]]:
     """Read only the pixels of a slide: return their quality, and what would determine their features (JSON texts)."""
-    pixels = [Pixels.read(part.reader) for part in parts]
-    return combine_facts(parts, pixels), _facts(parts, how, pixels)
-
-
-def combine_facts(parts: Sequence[Part], pixels: Sequence[Pixels]) -> SlideFacts:
-    """Combine the quality of the pixels of all parts, at the spots."""
-    if parts[0].weights is None:
-        return pixels[0].facts
-    smallest, widest = windows_for_quality([part.reader.plan.windows[0] for part in parts])
-    return SlideFacts(
-        parts[0].reader.mpp,
-        np.asarray(parts[smallest].weights @ pixels[smallest].facts.tissue, np.float32),
-        np.asarray(parts[widest].weights @ pixels[widest].facts.faults, np.float32),
-    )
+    return _facts(parts, how, [Pixels.read(part.reader) for part in parts])
 
 
 def differences(kept: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -89,22 +80,26 @@ def differences(kept: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]
     return [words for name, words in _WORDS.items() if kept.get(name) != wanted.get(name)]
 
 
-def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> dict[str, str]:
+def _facts(parts: Sequence[Part], how: Encoder, pixels: Sequence[Pixels]) -> tuple[SlideFacts, dict[str, str]]:
+    """Return the quality of the pixels at the spots, and what determines the features (JSON texts)."""
+    quality = pixels[0].facts
     found: dict[str, list[object]] = {}
     for part, part_pixels in zip(parts, pixels, strict=True):
         facts = feature_facts(part, how, part_pixels.sha256)
         if part.weights is not None:
-            facts["places"] = _digest(part.weights)
+            digest = hashlib.sha256()
+            arrays = (part.weights.indptr, np.int64), (part.weights.indices, np.int64), (part.weights.data, np.float32)
+            for values, kind in arrays:
+                digest.update(np.ascontiguousarray(values, kind).tobytes())
+            facts["places"] = digest.hexdigest()
         for name, value in facts.items():
             found.setdefault(name, []).append(value)
-    return {name: json.dumps(values) for name, values in found.items()}
-
-
-def _digest(weights: scipy.sparse.csr_array) -> str:
-    found = hashlib.sha256()
-    for values, kind in ((weights.indptr, np.int64), (weights.indices, np.int64), (weights.data, np.float32)):
-        found.update(np.ascontiguousarray(values, kind).tobytes())
-    return found.hexdigest()
+    if parts[0].weights is not None:
+        smallest, widest = windows_for_quality([part.reader.plan.windows[0] for part in parts])
+        tissue = np.asarray(parts[smallest].weights @ pixels[smallest].facts.tissue, np.float32)
+        faults = np.asarray(parts[widest].weights @ pixels[widest].facts.faults, np.float32)
+        quality = SlideFacts(quality.mpp, tissue, faults)
+    return quality, {name: json.dumps(values) for name, values in found.items()}
 
 
 def _encode_in_memory(part: Part, how: Encoder, part_pixels: Pixels, progress: Progress) -> np.ndarray:
@@ -117,14 +112,3 @@ def _encode_in_memory(part: Part, how: Encoder, part_pixels: Pixels, progress: P
             out[batch.index] = views
             part_pixels.add(batch)
     return out
-
-
-def _read_or_encode(
-    part: Part, how: Encoder, folder: Path, progress: Progress, workers: Workers | None
-) -> tuple[Pixels, np.ndarray]:
-    """Read the pixels, and the features from a folder; features that are missing are computed and kept there."""
-    folder = folder if workers is None else folder.absolute()
-    with contextlib.nullcontext() if workers is None else workers.share(part, how, folder) as shared:
-        part_pixels = Pixels.read(part.reader) if shared is None else shared.pixels()
-        fill = None if shared is None else partial(shared.fill, progress=progress)
-        return part_pixels, cached_features(part, how, folder, progress, pixels=part_pixels.sha256, fill=fill)

@@ -173,7 +173,7 @@ class LazySlideModel(_LazySlideBase):
         )
         device = next(iter(self.model.buffers())).device
         with torch.autocast(device.type, enabled=False):
-            found = predict(self._network, None, device=device, dtype=torch.float32, features=spot_features)
+            found = predict(self._network, spot_features, device=device, dtype=torch.float32)
             expression = np.empty((len(values), len(self.genes)), np.float32)
             latent = torch.from_numpy(found.embedding)
             for rows, genes, block in self._network.expression_blocks(latent, self._positions):

@@ -6,18 +6,19 @@ import contextlib
 import io
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
+import dask
 import numpy as np
 import torch
 
 from .._settings import settings
 from ..image import PatchReader
-from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explain_write_errors, is_whole
+from ._cache import Block, Encoder, Part, Progress, batch_ranges, encode_blocks, explain_write_errors
 from ._device import allocator, n_readers, resolve_device
 from ._pixels import Pixels
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 SENT_BYTES = 2**26
 #: Limits a process to one task at a time, even if its worker has several threads.
 _TASK_LOCK = threading.Lock()
-#: Names of tasks whose pixels this process reads correctly.
-_CHECKED_TASKS: set[str] = set()
+#: Marker files of tasks whose pixels this process reads correctly.
+_CHECKED: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class Workers:
 
     def check(self, reader: PatchReader) -> None:
         """Raise if the image is in the memory of this process and larger than :data:`SENT_BYTES`."""
-        import cloudpickle
-
         try:
             cloudpickle.dump(reader.source, _SizeLimit())
         except BufferError as error:
@@ -110,8 +109,6 @@ class _SharedReader:
 
 def send(client: Client, value: Any) -> Future:
     """Send a value that several tasks use to a cluster once, as the result of a task, which can be recomputed if it is lost."""
-    import dask
-
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "16 GiB"}):
         return client.submit(_identity, value, pure=False)
 
@@ -144,25 +141,22 @@ class _Task:
     part: Part
     how: Encoder
     device: str | torch.device
-    marker_file: Path  # created by the caller
+    marker_file: Path  # created by the caller for this task
     probe: int  # number of a batch
     digest: str  # of the pixels of that batch
     n_readers: int | None  # `settings.n_readers` of the caller
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[torch.device]:
         """Run one task at a time, after a check that this worker reads the same files as the caller."""
-        import dask
-
         # dask reads in this worker: tasks sent to the cluster would wait behind other blocks.
         with _TASK_LOCK, dask.config.set(scheduler="threads", num_workers=1):
             device = resolve_device(self.device)
             self.part.reader.allocate = allocator(device)
             self.part.reader.n_readers = n_readers(device, self.n_readers)
-            if self.name not in _CHECKED_TASKS:
+            if self.marker_file not in _CHECKED:
                 self._check()
-                _CHECKED_TASKS.add(self.name)
+                _CHECKED.add(self.marker_file)
             yield device
 
     def _check(self) -> None:
@@ -198,7 +192,7 @@ def _encode_block(task: _Task, block: Block, shape: tuple[int, ...]) -> int:
     """Encode one block, and return the number of its spots."""
     with task.running() as device:
         # A worker that died may already have written the block.
-        if not is_whole(block):
+        if block.read() is None:
             task.part.extractor.to(device)
             encode_blocks(task.part, replace(task.how, device=device), [block], shape)
     return len(block.spots)

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+
+from .._core import validate
 from ._encoders.scale import describe_tiles
 from ._schema import EXPRESSION_SCALE, check_card, check_class_names
 
 #: Increased when an older version of this package would misread a new card.
 SCHEMA_VERSION = 4
-#: First version with intervals and an OOD detector (`guard`).
-_TRUST_VERSION = 3
-#: Versions that can be read; fields that older ones lack do not affect predictions.
-_READABLE = (2, 3, SCHEMA_VERSION)
+#: First version that can be read, and fields that later ones added; they do not affect predictions.
+_OLDEST = 2
+_ADDED = {3: ("intervals", "guard"), 4: ("annotation", "programmes")}
 
 #: Row of the card, and its name until version 0.6.
 BLOCK_BOOTSTRAP = "bootstrap over 800 µm blocks of the section"
-_OLD_BLOCK_BOOTSTRAP = "95 % interval"
+_OLD_BLOCK_BOOTSTRAP = re.compile("^95 % interval(?=, )")
 #: Row of the card with paired differences to references without genes.
 PAIRED = "mean Pearson, prediction minus"
-
-#: Ways to combine several windows, see ``ModelCard.fusion``.
-FUSIONS = ("concat", "mean")
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class ModelCard:
     def __post_init__(self) -> None:
         for name in ("windows_um", "classes", "class_colors", "limitations"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.fusion not in FUSIONS:
-            raise ValueError(f"`fusion` of the model card is {self.fusion!r}, valid: {list(FUSIONS)}")
+        validate.one_of(self.fusion, ("concat", "mean"), "fusion")
         check_class_names(self.classes)
 
     def to_json(self) -> str:
@@ -149,40 +148,35 @@ class ModelCard:
             raise ValueError(f"`model`: {where} is not valid JSON ({error}); the folder is damaged") from error
         if not isinstance(data, dict) or type(data.get("schema_version")) is not int:
             raise ValueError(f"`model`: {where} has no `schema_version`; it is not a he2gene_sc model card")
-        if data["schema_version"] > SCHEMA_VERSION:
-            raise ValueError(
-                f"`model`: {where} has schema version {data['schema_version']}, this he2gene_sc reads up to "
-                f"{SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
+        version = data["schema_version"]
+        if not _OLDEST <= version <= SCHEMA_VERSION:
+            problem = (
+                f"this he2gene_sc reads up to {SCHEMA_VERSION}; upgrade with `pip install -U he2gene_sc`"
+                if version > SCHEMA_VERSION
+                else "of he2gene_sc 0.1, whose features this version does not compute; train the model again"
             )
-        if data["schema_version"] not in _READABLE:
-            raise ValueError(
-                f"`model`: {where} has schema version {data['schema_version']}, of he2gene_sc 0.1, whose features this "
-                "version does not compute; train the model again"
-            )
-        if data["schema_version"] < _TRUST_VERSION:
-            data |= {"intervals": None, "guard": None}
-        if data["schema_version"] < SCHEMA_VERSION:
-            data |= {"annotation": None, "programmes": None, "schema_version": SCHEMA_VERSION}
-        if isinstance(data.get("metrics"), dict):
-            data["metrics"] = {protocol: _rename_bootstrap(figures) for protocol, figures in data["metrics"].items()}
+            raise ValueError(f"`model`: {where} has schema version {version}, {problem}")
+        for added, names in _ADDED.items():
+            if version < added:
+                data |= dict.fromkeys(names)
+        data["schema_version"] = SCHEMA_VERSION
+        metrics: Any = data.get("metrics")
+        for protocol, rows in metrics.items() if isinstance(metrics, dict) else ():
+            if isinstance(rows, dict):
+                metrics[protocol] = {
+                    _OLD_BLOCK_BOOTSTRAP.sub(BLOCK_BOOTSTRAP, row): found for row, found in rows.items()
+                }
         check_card(data, where)
-        try:
-            return cls(**data)
-        except ValueError as error:
-            raise ValueError(f"`model`: {where}: {error}") from error
+        return cls(**data)
 
     def facts(self) -> dict[str, str]:
         """Return the facts of the model that a notebook shows."""
-        training = self.training
-        trained = [
-            f"{n:,} {what}"
-            for n, what in (
-                (training.get("n_spots"), "spots"),
-                (len(training.get("sections", ())), "sections"),
-                (training.get("n_patients"), "patients"),
-            )
-            if n
-        ]
+        numbers = {
+            "spots": self.training.get("n_spots"),
+            "sections": len(self.training.get("sections", ())),
+            "patients": self.training.get("n_patients"),
+        }
+        trained = [f"{n:,} {what}" for what, n in numbers.items() if n]
         return {
             "predicts": f"{self.n_genes:,} genes; {', '.join(self.classes) or 'no annotation'}",
             "trained on": ", ".join(trained) or "not stated",
@@ -195,8 +189,6 @@ class ModelCard:
 
     def to_markdown(self) -> str:
         """Return the card as markdown, the ``README.md`` of the folder."""
-        from jinja2 import Environment, PackageLoader
-
         environment = Environment(
             loader=PackageLoader("he2gene_sc", "models"),
             trim_blocks=True,
@@ -204,33 +196,26 @@ class ModelCard:
             keep_trailing_newline=True,
         )
         tiles, rings = self.encoder.get("tiles"), (self.context or {}).get("rings_um", ())
+        training, sections = self.training, self.training.get("sections")
+        if isinstance(sections, dict):
+            # The image is for software, which recognises the section by it.
+            shown = {name: {key: facts[key] for key in facts if key != "image"} for name, facts in sections.items()}
+            training = {**training, "sections": shown}
+        lines = [line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)]
+        rows = [row for figures in self.metrics.values() if isinstance(figures, dict) for row in figures]
         return environment.get_template("card.md.j2").render(
             card=self,
             windows=", ".join(f"{um:g}" for um in self.windows_um),
             tiles="" if tiles is None else describe_tiles(self.windows_um, tiles, self.encoder["input_px"]),
             rings=", ".join(f"{inner:g}–{outer:g}" for inner, outer in rings),
-            training=_bullets(self._training_facts()),
-            figures=[line for protocol, figures in self.metrics.items() for line in _figures(protocol, figures)],
-            has_row=self._has_row,
+            training=_bullets(training),
+            figures=lines,
+            has_row=lambda start: any(row.startswith(start) for row in rows),
             block_bootstrap=BLOCK_BOOTSTRAP,
             paired=PAIRED,
             programmes=self._programmes(),
             spots=", ".join(f"{n} {name}" for name, n in (self.intervals or {}).get("spots", {}).items()),
         )
-
-    def _training_facts(self) -> dict[str, Any]:
-        """Return the facts of training without those that only software uses."""
-        sections = self.training.get("sections")
-        if not isinstance(sections, dict):
-            return self.training
-        shown = {
-            name: {key: value for key, value in facts.items() if key != "image"} for name, facts in sections.items()
-        }
-        return {**self.training, "sections": shown}
-
-    def _has_row(self, row: str) -> bool:
-        tables = [figures for figures in self.metrics.values() if isinstance(figures, dict)]
-        return any(title.startswith(row) for figures in tables for title in figures)
 
     def _programmes(self) -> list[str]:
         if self.programmes is None:
@@ -250,18 +235,6 @@ def as_html(title: str, facts: dict[str, str]) -> str:
     """Return a small table for a notebook."""
     rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
     return f"<strong>{escape(title)}</strong><table>{rows}</table>"
-
-
-def _rename_bootstrap(figures: Any) -> Any:
-    """Rename the rows of an older card that call the bootstrap a 95 % interval."""
-    if not isinstance(figures, dict):
-        return figures
-    return {
-        f"{BLOCK_BOOTSTRAP}{title.removeprefix(_OLD_BLOCK_BOOTSTRAP)}"
-        if title.startswith(f"{_OLD_BLOCK_BOOTSTRAP}, ")
-        else title: values
-        for title, values in figures.items()
-    }
 
 
 def _figures(protocol: str, figures: Any) -> list[str]:
@@ -284,16 +257,12 @@ def _figures(protocol: str, figures: Any) -> list[str]:
 
 
 def _row(name: str, values: Iterable[Any]) -> str:
-    cells = []
-    for value in values:
-        if isinstance(value, list | tuple):
-            cells.append(" to ".join(_format_value(v) for v in value))
-        else:
-            cells.append(_format_value(value))
-    return f"| {' | '.join([name, *cells])} |"
+    return f"| {' | '.join([name, *map(_cell, values)])} |"
 
 
-def _format_value(value: Any) -> str:
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " to ".join(map(_cell, value))
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 import stat
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file, save_file
 
 from ._card import ModelCard
 from ._gene_table import COLUMNS, FIGURES, read_genes
@@ -28,8 +28,7 @@ _TRIES = 20
 
 def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
     """Read and check the card, the gene table and the tensors."""
-    missing = [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in (_CARD, _GENES, _WEIGHTS) if not (folder / name).is_file()]:
         raise ValueError(f"`model` folder {folder.name!r} is incomplete: {missing} not found")
     try:
         text = (folder / _CARD).read_text(encoding="utf-8")
@@ -37,50 +36,37 @@ def read(folder: Path) -> tuple[ModelCard, pd.DataFrame, dict[str, np.ndarray]]:
         raise ValueError(f"`model`: {folder.name}/{_CARD} is not a text in UTF-8; the folder is damaged") from error
     card = ModelCard.from_json(text, f"{folder.name}/{_CARD}")
     for name in (_GENES, _WEIGHTS):
-        expected = card.files[name]
-        found = _sha256(folder / name)
+        expected, found = card.files[name], _sha256(folder / name)
         if found != expected:
             raise ValueError(
                 f"`model` folder {folder.name!r}: {name} was altered or truncated (SHA-256 {found[:12]}…, the card says "
                 f"{expected[:12]}…); fetch the folder again"
             )
     genes = read_genes(folder / _GENES, f"`model`: {folder.name}/{_GENES}")
-    tensors = _read_tensors(folder / _WEIGHTS, f"`model`: {folder.name}/{_WEIGHTS}")
+    where = f"`model`: {folder.name}/{_WEIGHTS}"
+    try:
+        tensors = load_file(folder / _WEIGHTS)
+    except Exception as error:  # safetensors raises its own type, and numpy lacks some dtypes
+        raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
     if len(genes) != card.n_genes:
         raise ValueError(
             f"`model` folder {folder.name!r}: {len(genes)} genes in {_GENES}, {card.n_genes} in {_CARD}; they must agree"
         )
-    check_tensors(card, tensors, f"`model`: {folder.name}/{_WEIGHTS}")
-    _check_order(genes, tensors, f"`model`: {folder.name}/{_GENES}")
-    return card, genes, tensors
-
-
-def _check_order(genes: pd.DataFrame, tensors: dict[str, np.ndarray], where: str) -> None:
-    """Raise if rows are in another order than the weights: for centred features, biases are the means of genes."""
-    mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors.get("genes.bias", np.zeros(0)), float)
-    if mean.shape != bias.shape:
-        return
+    check_tensors(card, tensors, where)
+    # For centred features, biases are the means of genes.
+    mean, bias = genes["mean"].to_numpy(float), np.asarray(tensors["genes.bias"], float)
     mismatched = np.flatnonzero(~np.isclose(mean, bias, rtol=1e-3, atol=1e-4) & np.isfinite(mean))
     if len(mismatched) and np.allclose(np.sort(mean[mismatched]), np.sort(bias[mismatched]), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{where}: the means of {len(mismatched)} genes are exchanged, such as {genes.index[mismatched[:2]].tolist()}: the rows are in "
-            "another order than the weights, and each gene would get the values of another; fetch the folder again"
+            f"`model`: {folder.name}/{_GENES}: the means of {len(mismatched)} genes are exchanged, such as "
+            f"{genes.index[mismatched[:2]].tolist()}: the rows are in another order than the weights, and each gene would get the values "
+            "of another; fetch the folder again"
         )
-
-
-def _read_tensors(path: Path, where: str) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    try:
-        return {key: np.asarray(value) for key, value in load_file(path).items()}
-    except Exception as error:  # safetensors raises its own type, and numpy lacks some dtypes
-        raise ValueError(f"{where} is not a safetensors file that numpy can read ({error})") from error
+    return card, genes, tensors
 
 
 def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], path: str | Path) -> Path:
     """Write a model folder to a temporary folder, read it back, and move it to ``path``."""
-    from safetensors.numpy import save_file
-
     check_tensors(card, tensors, f"model {card.name!r}")
     target = check_place(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -89,10 +75,13 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         save_file({k: np.asarray(v, order="C") for k, v in tensors.items()}, temporary / _WEIGHTS)
         columns = [*COLUMNS, *(name for name in FIGURES if name in genes)]
         genes.reset_index()[columns].to_csv(temporary / _GENES, index=False, float_format="%.5g")
-        files = {name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)}
-        card = replace(card, files=files)
+        card = replace(card, files={name: _sha256(temporary / name) for name in (_GENES, _WEIGHTS)})
         (temporary / _CARD).write_text(card.to_json(), encoding="utf-8")
-        _read_back(temporary, target.name)
+        try:
+            read(temporary)
+        except ValueError as error:
+            found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(temporary.name, target.name))
+            raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
         (temporary / _README).write_text(card.to_markdown(), encoding="utf-8")
         # mkdtemp and safetensors create private files, but a model should be readable by others.
         temporary.chmod(0o755)
@@ -103,15 +92,6 @@ def save(card: ModelCard, genes: pd.DataFrame, tensors: dict[str, np.ndarray], p
         if temporary.exists():
             shutil.rmtree(temporary)
     return target
-
-
-def _read_back(folder: Path, name: str) -> None:
-    """Raise if a folder that was just written could not be loaded."""
-    try:
-        read(folder)
-    except ValueError as error:
-        found = re.sub("[.;] [Ff]etch the folder again$", "", str(error).replace(folder.name, name))
-        raise ValueError(f"the model is not saved, since its folder could not be loaded: {found}") from error
 
 
 def _replace_folder(new: Path, target: Path) -> None:
@@ -141,23 +121,19 @@ def _replace_folder(new: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def _list_visible(folder: Path) -> set[str]:
-    """Return the names in a folder except hidden ones (.git, .DS_Store), which are kept; empty if there is no folder."""
+def _list_visible(place: Path) -> set[str] | None:
+    """Return the names in a folder except hidden ones (.git, .DS_Store), which are kept; ``None`` for anything but a folder."""
     while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                # The open descriptor keeps the inode from being reused; Windows cannot open folders.
-                if os.name == "nt":
-                    before = folder.stat()
-                else:
-                    opened = os.open(folder, os.O_RDONLY)
-                    stack.callback(os.close, opened)
-                    before = os.fstat(opened)
-                found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-                if os.path.samestat(before, folder.stat()):
-                    return found
-            except (FileNotFoundError, NotADirectoryError):
-                return set()
+        try:
+            before = place.stat()
+            if not stat.S_ISDIR(before.st_mode):
+                return None
+            found = {path.name for path in place.iterdir() if not path.name.startswith(".")}
+            after = place.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+        if (before.st_ino, before.st_ctime_ns) == (after.st_ino, after.st_ctime_ns):
+            return found
         # Another process replaced the folder, and may have been emptying the old one: list again.
 
 
@@ -165,23 +141,19 @@ def check_place(path: str | Path) -> Path:
     """Return the folder that a model is written to; raise if it exists and is not a model folder."""
     # A link is kept; its target is replaced.
     target = Path(path).expanduser().resolve()
-    # A single stat: between two, another process may be replacing the same model.
-    is_folder = True
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        is_folder = stat.S_ISDIR(target.stat().st_mode)
     found = _list_visible(target)
-    if not is_folder or (found and _CARD not in found):
-        raise FileExistsError(f"`path` {str(path)!r} exists and is not a model folder; choose another or remove it")
-    if target == Path.cwd():
-        raise FileExistsError(
-            f"`path` {str(path)!r} is the current working directory, which saving would replace; choose another"
+    problem = None
+    if found is None or (found and _CARD not in found):
+        problem = "exists and is not a model folder; choose another or remove it"
+    elif target == Path.cwd():
+        problem = "is the current working directory, which saving would replace; choose another"
+    elif foreign := sorted(found - set(FILES)):
+        problem = (
+            f"holds a model and {foreign[:5]}, which are not part of the model and would be lost; "
+            "move them or choose another folder"
         )
-    foreign = sorted(found - set(FILES))
-    if foreign:
-        raise FileExistsError(
-            f"`path` {str(path)!r} holds a model and {foreign[:5]}, which are not part of the model and would be lost; move them or "
-            "choose another folder"
-        )
+    if problem is not None:
+        raise FileExistsError(f"`path` {str(path)!r} {problem}")
     check_writable(target.parent, path, "path")
     return target
 

@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeGuard
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -16,7 +15,7 @@ from .._core.logs import logger
 
 #: Files of a model folder.
 FILES = ("card.json", "genes.csv", "weights.safetensors", "README.md")
-_PREFIX = "hf://"
+PREFIX = "hf://"
 _ADDRESS = re.compile(r"hf://(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 
 #: Seconds after which the hub is taken as unreachable; its client would retry for half a minute.
@@ -27,11 +26,6 @@ OFFLINE = (
     "A machine without network reads the hub's cache: fetch once elsewhere and copy that folder, ~/.cache/huggingface, "
     "or set HF_HOME to a shared folder."
 )
-
-
-def is_address(model: object) -> TypeGuard[str]:
-    """Return whether ``model`` is an address on the hub."""
-    return isinstance(model, str) and model.startswith(_PREFIX)
 
 
 def fetch_folder(address: str) -> tuple[Path, str]:
@@ -69,7 +63,7 @@ def fetch_folder(address: str) -> tuple[Path, str]:
         raise RuntimeError(
             f"`model` {address!r} is not on this machine and could not be fetched ({error}). {OFFLINE}"
         ) from error
-    resolved = f"{_PREFIX}{repository}@{folder.name}"
+    resolved = f"{PREFIX}{repository}@{folder.name}"
     if revision is None:
         logger.warning(
             "`model` %r has no revision: using %r; pass that address to get the same model again", address, resolved

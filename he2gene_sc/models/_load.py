@@ -8,15 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ._encoders.load import load_encoder
+from ._encoders.registry import EncoderSpec
 from ._folder import read
-from ._hub import fetch_folder, is_address
+from ._hub import PREFIX, fetch_folder
 from ._model import HE2Gene
 
 if TYPE_CHECKING:
     import torch
-
-    from ._encoders.registry import EncoderSpec
 
 _ROOT = Path(__file__).parent / "bundled"
 
@@ -65,6 +63,8 @@ def load(
     'adipose tissue'
     """
     if encoder is not None:
+        from ._encoders.load import load_encoder
+
         given = load_encoder(encoder) if isinstance(encoder, str | Path) else encoder
         return replace(load(model), encoder=given)
     if allow_encoder_source:
@@ -74,8 +74,13 @@ def load(
     if not isinstance(model, str | Path):
         raise ValueError(f"`model` is a {type(model).__name__}; a name of {list(BUNDLED)}, a path or a model is needed")
     if isinstance(model, str) and model in BUNDLED:
-        return _copy(_load_bundled(model))
-    if is_address(model):
+        original = _load_bundled(model)
+        # A user may change card and gene table; arrays and network are shared.
+        card = copy.deepcopy(original.card)
+        found = replace(original, card=card, genes=original.genes.copy(), tensors=dict(original.tensors))
+        object.__setattr__(found, "_original", original)
+        return found
+    if isinstance(model, str) and model.startswith(PREFIX):
         fetched, source = fetch_folder(model)
         try:
             return replace(HE2Gene(*read(fetched)), source=source)
@@ -88,13 +93,6 @@ def load(
             "written 'hf://owner/name'"
         )
     return HE2Gene(*read(folder))
-
-
-def _copy(model: HE2Gene) -> HE2Gene:
-    """Copy card and gene table, which a user may change; arrays and network are shared."""
-    found = replace(model, card=copy.deepcopy(model.card), genes=model.genes.copy(), tensors=dict(model.tensors))
-    object.__setattr__(found, "_original", model)
-    return found
 
 
 @lru_cache(maxsize=4)

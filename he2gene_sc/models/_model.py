@@ -5,23 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from ._card import ModelCard, as_html, set_genes
+from ._embedding import NO_CONTEXT, Context
+from ._encoders.registry import EncoderSpec
 from ._folder import save
+from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
 from ._tensors import ENCODER, check_tensors
 
 if TYPE_CHECKING:
     import torch
 
-    from ._encoders.registry import EncoderSpec
     from ._network import Network
-    from ._ood import OODDetector
-
-__all__ = ["ENCODER", "HE2Gene"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +110,6 @@ class HE2Gene:
             return self._original.network
         import torch
 
-        from ._embedding import NO_CONTEXT, Context
         from ._encoders.load import encoder_of, encoder_sha256
         from ._network import FeatureExtractor, Network
 
@@ -127,48 +125,38 @@ class HE2Gene:
                     f"`model` {self.name!r} has weights that do not fit its encoder {spec.name!r} as this timm builds it: "
                     f"{error}"
                 ) from error
-        stated: dict[str, Any] = {
-            key: tuple(self.card.encoder[key]) for key in ("mean", "std") if key in self.card.encoder
-        }
+        facts = self.card.encoder
         spec = replace(
             spec,
             # Cards before 0.7 lack this field: their models were trained with bilinear interpolation.
-            interpolation=self.card.encoder.get("interpolation", "bilinear"),
-            **stated,
+            interpolation=facts.get("interpolation", "bilinear"),
+            mean=facts.get("mean", spec.mean),
+            std=facts.get("std", spec.std),
         )
         found = encoder_sha256(encoder)
-        if found != self.card.encoder["sha256"]:
+        if found != facts["sha256"]:
             raise ValueError(
-                f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {self.card.encoder['sha256'][:12]}…, "
+                f"`model` {self.name!r} was trained on encoder {spec.name!r} with weights {facts['sha256'][:12]}…, "
                 f"but this encoder has {found[:12]}…: its predictions would be meaningless; supply the right ones with "
                 "`hg.models.load(path, encoder=(module, spec))`"
             )
         heads = {key: value for key, value in tensors.items() if not key.startswith(ENCODER)}
-        stages, tiles = (
-            None if found is None else tuple(found) for found in map(self.card.encoder.get, ("stages", "tiles"))
-        )
-        extractor = FeatureExtractor(encoder, spec, fusion=self.card.fusion, stages=stages, tiles=tiles)
-        output = self.card.encoder.get("output")
-        if output is not None and not np.allclose(extractor.fingerprint(), output, rtol=0.05, atol=0.11):
+        options = {name: tuple(facts[name]) for name in ("stages", "tiles") if name in facts}
+        extractor = FeatureExtractor(encoder, spec, fusion=self.card.fusion, **options)
+        if "output" in facts and not np.allclose(extractor.fingerprint(), facts["output"], rtol=0.05, atol=0.11):
             raise ValueError(
                 f"`model` {self.name!r} was trained on encoder {spec.name!r}; the one found here has the same weights but another "
                 "output (another layer or pooling, perhaps): its predictions would be meaningless"
             )
-        context = NO_CONTEXT if self.card.context is None else Context(**self.card.context)
-        annotation_context = (self.card.annotation or {}).get("context")
-        return Network(
-            extractor,
-            heads,
-            context,
-            self.detector,
-            NO_CONTEXT if annotation_context is None else Context(**annotation_context),
+        context, annotation_context = (
+            NO_CONTEXT if fields is None else Context(**fields)
+            for fields in (self.card.context, (self.card.annotation or {}).get("context"))
         )
+        return Network(extractor, heads, context, self.detector, annotation_context)
 
     @property
     def detector(self) -> OODDetector | None:
         """Detector of slides out of distribution; ``None`` if the model has no statistics of its training data."""
-        from ._ood import BANK, MEAN, PROJECTION, SCALE, SIZE, WEIGHTS, OODDetector
-
         if self.card.guard is None:
             return None
         own = (MEAN, SCALE) if MEAN in self.tensors else ("latent.mean", "latent.scale")

