@@ -18,9 +18,9 @@ from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._calibrate import Calibration, check_calibrated
 from ..tl._interval_ends import (
+    BY,
     adapted_intervals,
     calibration_intervals,
-    check_by,
     find_adaptation,
     model_intervals,
 )
@@ -106,10 +106,9 @@ def calibration(
     >>> ax = hg.pl.calibration(sdata)
     """
     validate.arguments(globals()["calibration"], locals())  # the parameter `calibration` hides the function
-    from ..models import load
-    from ..tl._evaluate.aligned import AlignOptions, align_expression, class_probabilities
+    from ..tl._evaluate.aligned import align_expression, class_probabilities
 
-    check_by(by)
+    validate.one_of(by, BY, "by")
     levels = _check_coverages(coverages)
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
@@ -121,14 +120,7 @@ def calibration(
             )
         keys = Keys(ours or prediction_key)
         bounds = [calibration_intervals(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
-        options = AlignOptions(
-            layer,
-            measured,
-            measured_scale,
-            gene_symbols=gene_symbols,
-            is_other=ours is None,
-            layer_scale=calibration.layer_scale,
-        )
+        options: dict[str, Any] = {"other_scale": calibration.layer_scale if ours is None else None}
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         keys, record = Keys(prediction_key), record_of(table, prediction_key)
@@ -141,10 +133,8 @@ def calibration(
             bounds = [model_intervals(table, record, model, c, by, own, keys) for c in levels]
         else:
             bounds = [adapted_intervals(adapted, c, by, table.n_vars) for c in levels]
-        options = AlignOptions(
-            layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
-        )
-    aligned = align_expression(data, table, keys, options)
+        options = {"model": model}
+    aligned = align_expression(data, table, keys, layer, measured, measured_scale, gene_symbols=gene_symbols, **options)
     genes = np.flatnonzero(np.all([intervals.known[aligned.columns] for intervals in bounds], axis=0))
     if not len(genes):
         raise ValueError(
