@@ -130,7 +130,7 @@ def calibration(
         if adapted is None:
             # The column is in the measured table if the prediction has its own table.
             own = None if OWN_TABLE in table.uns and gene_symbols not in table.var else gene_symbols
-            bounds = [model_intervals(table, record, model, c, by, own, keys) for c in levels]
+            bounds = [model_intervals(table, keys, model, c, by, own) for c in levels]
         else:
             bounds = [adapted_intervals(adapted, c, by, table.n_vars) for c in levels]
         options = {"model": model}
@@ -146,7 +146,7 @@ def calibration(
     covered = np.stack([_coverage(pair, truth) for pair in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
-        proba, codes, _ = class_probabilities(aligned, annotation_key, table, keys)
+        proba, codes, _ = class_probabilities(aligned, annotation_key)
         _draw_reliability(axes[1], proba.to_numpy(float), codes)
     return finish(axes, save, title, show, return_fig)
 

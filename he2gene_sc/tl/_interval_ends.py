@@ -119,14 +119,14 @@ def _check_measured(
 
 def model_intervals(
     table: AnnData,
-    record: Any,
+    keys: Keys,
     model: str | Path | HE2Gene | None,
     coverage: float,
     by: str | None,
     gene_symbols: str | None,
-    keys: Keys,
 ) -> Intervals:
     """Return the intervals of a prediction, from the residuals of its model."""
+    record = table.uns[keys.uns]
     model = predicting_model(record, model)
     facts = model.card.intervals
     if facts is None:

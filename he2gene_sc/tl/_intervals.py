@@ -154,7 +154,7 @@ def intervals(
     elif adapted is not None:
         source = adapted_intervals(adapted, coverage, by, table.n_vars)
     else:
-        source = model_intervals(table, record, model, coverage, by, gene_symbols, Keys(prediction_key))
+        source = model_intervals(table, Keys(prediction_key), model, coverage, by, gene_symbols)
     # hg.tl.calibrate warns of too few groups for any guarantee, and an adapted layer never has one.
     if (
         adapted is None

@@ -43,7 +43,8 @@ FITTED_SPOTS = "spots that hg.tl.adapt was fitted on"
 class AlignedExpression:
     """Predicted and measured expression of ``g`` genes at the same ``n`` spots."""
 
-    genes: pd.Index
+    table: AnnData  # with the prediction
+    keys: Keys  # of the prediction
     columns: np.ndarray  # of the predicted table, (g,)
     rows: np.ndarray  # of the predicted table, (n,)
     predicted: np.ndarray  # (n, g) float32, natural log of (1 + counts per 10,000)
@@ -149,7 +150,8 @@ def align_expression(
     if other_scale is None:
         mean, panels = training_facts(table, columns, keys, layer.model, gene_symbols)
     return AlignedExpression(
-        genes=table.var_names[columns],
+        table=table,
+        keys=keys,
         columns=columns,
         rows=rows,
         predicted=take(predicted, rows),
@@ -263,16 +265,15 @@ def _spot_ids(table: AnnData, name: str) -> pd.MultiIndex:
     return spots
 
 
-def class_probabilities(
-    aligned: AlignedExpression, annotation_key: str, table: AnnData, keys: Keys
-) -> tuple[pd.DataFrame, np.ndarray, int]:
+def class_probabilities(aligned: AlignedExpression, annotation_key: str) -> tuple[pd.DataFrame, np.ndarray, int]:
     """Return class probabilities, the class code of each spot's label (-1: none), and the number of unknown labels."""
     labels = aligned.labels(annotation_key, "annotation_key")
-    if keys.proba not in table.obsm:
+    keys, obsm = aligned.keys, aligned.table.obsm
+    if keys.proba not in obsm:
         raise ValueError(
             f"`annotation_key`: prediction {keys.key_added!r} has no annotation, because its model has no classes; leave it out"
         )
-    proba = table.obsm[keys.proba].iloc[aligned.rows]
+    proba = obsm[keys.proba].iloc[aligned.rows]
     codes = pd.Index(proba.columns.astype(str)).get_indexer(labels)
     unknown = labels[codes < 0].value_counts()
     if not (codes >= 0).any():

@@ -61,8 +61,7 @@ def evaluate(
         Predicted expression: the layer of the prediction (the default), a layer that :func:`he2gene_sc.tl.adapt` made of it, or
         a layer of another model. Spots that ``adapt`` was fitted on are left out. The tables name the predictor after the layer.
     layer_scale
-        Scale of the layer of another model. ``"auto"``: expect natural logarithms of (1 + counts per 10,000) and raise for raw
-        counts; ``"counts"``: raw counts; ``"log"``: logarithms, used as they are.
+        Scale of the layer of another model, as for :func:`he2gene_sc.tl.calibrate`.
     measured
         Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000), with totals over all genes. If
         ``predict(genes="all")`` made a new table, this is a layer of the measured table.
@@ -219,9 +218,9 @@ def evaluate(
     if annotation_key is not None and is_other:
         aligned.labels(annotation_key, "annotation_key")
     elif annotation_key is not None:
-        proba, codes, left_out[UNKNOWN_LABELS] = class_probabilities(aligned, annotation_key, table, keys)
+        proba, codes, left_out[UNKNOWN_LABELS] = class_probabilities(aligned, annotation_key)
         facts = annotation_tables(aligned, proba, codes, samples)
-    predictors, skipped = baseline_predictors(data, table, aligned, baselines, annotation_key, keys)
+    predictors, skipped = baseline_predictors(data, aligned, baselines, annotation_key)
     by_section, pooled = compute_metrics(aligned, predictors, n_splits=n_splits, seed=seed)
     if np.isnan(aligned.mean).all() and not is_other:
         warnings.warn(

@@ -85,7 +85,7 @@ def _model(aligned: AlignedExpression, section: str | None, n_splits: int, seed:
         weights = scipy.sparse.csr_array(whole)[order][:, order]
     else:
         spots, weights = aligned.sections[section], aligned.weights[section]
-    n_genes = len(aligned.genes)
+    n_genes = len(aligned.columns)
     found = {metric: np.full(n_genes, np.nan) for metric in METRICS}
     low, chance = np.full(n_genes, np.nan), 0.0
     depth = aligned.depth
@@ -140,7 +140,7 @@ def gene_tables(
     aligned: AlignedExpression, by_section: Results, pooled: Results, samples: Mapping[str, str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return tidy tables of the model and of the baselines, with one row per scope, section, predictor and gene."""
-    names, n = aligned.genes.astype(str), len(aligned.rows)
+    names, n = aligned.table.var_names[aligned.columns].astype(str), len(aligned.rows)
     genes = pd.Categorical(names, categories=pd.unique(names))
     model: list[pd.DataFrame] = []
     baselines: list[pd.DataFrame] = []

@@ -20,7 +20,7 @@ from ...image._geometry import MIN_PX
 from ...models._gene_table import is_identifier
 from .._gene_sets import membership, read_net, select_sets
 from .measured import MeasuredSection, join
-from .names import check_two_classes, class_of, colours_of
+from .names import PALETTE, check_two_classes, class_of
 from .options import Plan
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
             gene if gene.startswith("ENSG") and is_identifier(gene) else plan.ids.get(gene, "") for gene in genes
         ),
         classes=classes,
-        class_colors=colours_of(classes, plan.classes.colors),
+        class_colors=tuple(plan.classes.colors.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(classes)),
         encoder=plan.spec,
         windows_um=plan.windows_um,
         name=plan.name,

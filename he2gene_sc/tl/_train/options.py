@@ -97,6 +97,8 @@ class GeneSelection(validate.Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.genes, str):
+            raise ValueError(f"`genes` is {self.genes!r}; pass a list of genes or None")
         names = None if self.genes is None else validate.names(self.genes, "genes", least=1)
         validate.whole_number(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
@@ -140,11 +142,20 @@ class Classes(validate.Checked):
             raise ValueError(
                 f"`classes` maps labels to {wrong}; a class must be a name, or None to leave the label out"
             )
+        colors = _as_dict(self.colors, "colors")
+        if colors:
+            from matplotlib.colors import is_color_like, to_hex
+
+            if not_colours := {name: colour for name, colour in colors.items() if not is_color_like(colour)}:
+                raise ValueError(
+                    f"`colors` has {not_colours}, which are not colours; pass for example 'red' or '#d62728'"
+                )
+            colors = {name: to_hex(colour) for name, colour in colors.items()}
         ignored = [clean_name(name) for name in validate.names(self.ignore, "ignore")]
         self.set(
             merge={clean_name(label): name for label, name in merge.items()},
             ignore=tuple(name for name in ignored if name is not None),
-            colors=_hex_colours(_as_dict(self.colors, "colors")),
+            colors=colors,
         )
 
 
@@ -215,17 +226,6 @@ def _as_dict(value: Any, parameter: str) -> dict[Any, Any]:
     if value is not None and not isinstance(value, Mapping | pd.Series):
         raise ValueError(f"`{parameter}` is of type {type(value).__name__}; pass a mapping or None")
     return {} if value is None else dict(value)
-
-
-def _hex_colours(given: Mapping[str, str]) -> dict[str, str]:
-    if not given:
-        return {}
-    from matplotlib.colors import is_color_like, to_hex
-
-    wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
-    if wrong:
-        raise ValueError(f"`colors` has {wrong}, which are not colours; pass for example 'red' or '#d62728'")
-    return {name: to_hex(colour) for name, colour in given.items()}
 
 
 PRESETS = ("default", "he2gene-base", "he2gene-spat")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import hashlib
 import tempfile
@@ -249,6 +248,7 @@ def read_all(
             labels.update(label for label in section.labels if label is not None)
         check_gene_lists(lists, chosen)
         check_merged(labels, classes.merge)
+        del lists, section
     yield from _read(sdatas, keys, symbols, classes, checked=checked)
 
 
@@ -270,7 +270,7 @@ def _read(
     labels: set[str] = set()
     counted: dict[str, str] = {}
     for sdata in sdatas:
-        with _name_object(n):
+        try:
             for section in read_sections(sdata, keys, symbols, checked=checked, pixels=pixels):
                 spots = max(spots, len(section.centres))
                 if len(section.centres) < MIN_SPOTS:
@@ -302,6 +302,9 @@ def _read(
                         *(same, section.name),
                     )
                 yield section
+        except (ValueError, TypeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"{error} (object {n + 1} of `sdatas`)") from error
         del sdata, section
         # SpatialData objects contain reference cycles: free the image before the next one is decoded.
         gc.collect()
@@ -315,13 +318,3 @@ def _read(
         )
     if keys.annotation is not None and not labels and not checked:
         logger.warning("`annotation_key`: no spot has a label in %r; the annotation head is skipped", keys.annotation)
-
-
-@contextlib.contextmanager
-def _name_object(i: int) -> Iterator[None]:
-    """Add the position of the object to errors."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{error} (object {i + 1} of `sdatas`)") from error
