@@ -73,7 +73,7 @@ def coverage(
     True
     """
     validate.arguments(coverage, locals())
-    from ..tl._evaluate.aligned import AlignOptions, align_expression
+    from ..tl._evaluate.aligned import align_expression
 
     (table,) = find_results(data, "intervals", f"{layer}_intervals", table_key)
     ends = [f"{layer}_lower", f"{layer}_upper"]
@@ -84,10 +84,11 @@ def coverage(
         )
     # Intervals of a calibration record no prediction_key.
     ours = table.uns[f"{layer}_intervals"]["params"].get("prediction_key") or prediction_of(table, layer)
-    options = AlignOptions(
-        layer, measured, measured_scale, gene_symbols=gene_symbols, is_other=ours is None, layer_scale=layer_scale
+    scale = layer_scale if ours is None else None
+    keys = Keys(ours or "he2gene")
+    aligned = align_expression(
+        data, table, keys, layer, measured, measured_scale, other_scale=scale, gene_symbols=gene_symbols
     )
-    aligned = align_expression(data, table, Keys(ours or "he2gene"), options)
     low, high = (np.asarray(dense(matrix_of(table, end)[aligned.rows][:, aligned.columns])) for end in ends)
     known = np.isfinite(high) & np.isfinite(aligned.measured)
     genes = known.any(0)

@@ -18,9 +18,9 @@ from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._calibrate import Calibration, check_calibrated
 from ..tl._interval_ends import (
+    BY,
     adapted_intervals,
     calibration_intervals,
-    check_by,
     find_adaptation,
     model_intervals,
 )
@@ -106,10 +106,9 @@ def calibration(
     >>> ax = hg.pl.calibration(sdata)
     """
     validate.arguments(globals()["calibration"], locals())  # the parameter `calibration` hides the function
-    from ..models import load
-    from ..tl._evaluate.aligned import AlignOptions, align_expression, class_probabilities
+    from ..tl._evaluate.aligned import align_expression, class_probabilities
 
-    check_by(by)
+    validate.one_of(by, BY, "by")
     levels = _check_coverages(coverages)
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
@@ -121,14 +120,7 @@ def calibration(
             )
         keys = Keys(ours or prediction_key)
         bounds = [calibration_intervals(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
-        options = AlignOptions(
-            layer,
-            measured,
-            measured_scale,
-            gene_symbols=gene_symbols,
-            is_other=ours is None,
-            layer_scale=calibration.layer_scale,
-        )
+        options: dict[str, Any] = {"other_scale": calibration.layer_scale if ours is None else None}
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         keys, record = Keys(prediction_key), record_of(table, prediction_key)
@@ -138,13 +130,11 @@ def calibration(
         if adapted is None:
             # The column is in the measured table if the prediction has its own table.
             own = None if OWN_TABLE in table.uns and gene_symbols not in table.var else gene_symbols
-            bounds = [model_intervals(table, record, model, c, by, own, keys) for c in levels]
+            bounds = [model_intervals(table, keys, model, c, by, own) for c in levels]
         else:
             bounds = [adapted_intervals(adapted, c, by, table.n_vars) for c in levels]
-        options = AlignOptions(
-            layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
-        )
-    aligned = align_expression(data, table, keys, options)
+        options = {"model": model}
+    aligned = align_expression(data, table, keys, layer, measured, measured_scale, gene_symbols=gene_symbols, **options)
     genes = np.flatnonzero(np.all([intervals.known[aligned.columns] for intervals in bounds], axis=0))
     if not len(genes):
         raise ValueError(
@@ -156,7 +146,7 @@ def calibration(
     covered = np.stack([_coverage(pair, truth) for pair in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
-        proba, codes, _ = class_probabilities(aligned, annotation_key, table, keys)
+        proba, codes, _ = class_probabilities(aligned, annotation_key)
         _draw_reliability(axes[1], proba.to_numpy(float), codes)
     return finish(axes, save, title, show, return_fig)
 

@@ -271,7 +271,6 @@ def _adapt_sections(
 def _warn_of_unrepresented(
     support: np.ndarray, measured: np.ndarray, classes: pd.Categorical | None, rows: Mapping[str, np.ndarray]
 ) -> None:
-    """Warn if many spots are not represented by the measured spots."""
     others = ~measured & np.isfinite(support)
     unrepresented = others & (support < 0.5)
     where = []
@@ -296,7 +295,6 @@ def _warn_of_unrepresented(
 
 
 def _check_not_predicted(table: AnnData, measured: object, counts: str | None, layer: str) -> None:
-    """Raise if the measured values are a prediction."""
     is_layer = isinstance(measured, str) and measured in table.layers
     source, parameter = (measured, "measured") if is_layer else (counts, "counts")
     predicted = {layer}

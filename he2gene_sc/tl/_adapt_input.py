@@ -85,7 +85,6 @@ def measured_of(
 
 
 def _mask(table: AnnData, measured: Any) -> np.ndarray:
-    """Return the boolean mask of the measured spots, checked."""
     values = measured
     if isinstance(measured, str):
         if measured not in table.obs:

@@ -85,7 +85,7 @@ def compare(
     """
     validate.arguments(compare, locals())
     layers = [layers] if isinstance(layers, str) else list(dict.fromkeys(layers))
-    names = np.atleast_1d(np.array(protocols, object))
+    names = validate.names(protocols, "protocols", one=True)
     chosen = list(dict.fromkeys(validate.one_of(name, PROTOCOLS, "protocols") for name in names))
     if taken := [layer for layer in layers if layer in (DEPTH, COLOUR, COORDINATES)]:
         raise ValueError(f"`layers` {taken}: a reference has that name; give the layer another name")
@@ -141,17 +141,13 @@ def compare(
                 scores.setdefault((name, protocol), []).append(r)
     n = {"n_spots": len(units), "n_sections": len(patient_of_unit), "n_patients": int(patients.max()) + 1}
     by_unit = {key: np.concatenate(r, axis=1) for key, r in scores.items()}
-    rows = [
+    table = pd.DataFrame(
         _row(name, name not in predicted, protocol, r, by_unit[layers[0], protocol]) | n
         for (name, protocol), r in by_unit.items()
-    ]
-    table = pd.DataFrame(rows)
-    section = table[table["protocol"] == "section"].set_index("predictor")["pearson_mean"]
-    table.insert(
-        table.columns.get_loc("pearson_median"),
-        "minus_section",
-        table["pearson_mean"] - table["predictor"].map(section),
     )
+    section = table[table["protocol"] == "section"].set_index("predictor")["pearson_mean"]
+    minus_section = table["pearson_mean"] - table["predictor"].map(section)
+    table.insert(table.columns.get_loc("pearson_median"), "minus_section", minus_section)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -13,15 +13,14 @@ from .._core.element_results import copy_tables
 from .._core.keys import Keys, check_key
 from .._core.ownership import check_free
 from .._core.results import write_result
-from .._core.slide import Slide
 from .._settings import settings
 from ._encoding import (
     Encoding,
     EncodingOptions,
     check_options,
+    encode_slide,
     find_slides,
     is_interpolated,
-    log_interpolation,
     parts_of,
 )
 
@@ -153,8 +152,14 @@ def embed(
         values = np.full((target[measured].n_obs, matrices[0].shape[1]), np.nan, np.float32)
         for slide, matrix in zip(slides, matrices, strict=True):
             values[slide.rows[slide.inside]] = matrix
-        facts = {slide.shapes_key: facts for slide, (_, facts) in zip(slides, encoded, strict=True)}
-        record = _record(slides, model, how, parts) | {"facts": facts}
+        dense = [slide.shapes_key for slide, part in zip(slides, parts, strict=True) if is_interpolated(part)]
+        record = how.facts(model, dense) | {
+            "mpp": {slide.shapes_key: slide.mpp for slide in slides},
+            "image": {slide.shapes_key: slide.image_key for slide in slides},
+            "n_views": _n_views(model, how),
+            "lattice": how.step or 0.0,
+            "facts": {slide.shapes_key: facts for slide, (_, facts) in zip(slides, encoded, strict=True)},
+        }
         params = {"model": model.name, "shapes_key": shapes_key, "exact": exact}
         write_result(target[measured], "embed", key_added, params=params, facts=record, obsm={name: values})
     return target if copy else None
@@ -181,33 +186,6 @@ def _workers(
     return workers
 
 
-def encode_slide(
-    slide: Slide,
-    model: HE2Gene,
-    how: Encoding,
-    parts: tuple[Part, ...],
-    folder: Path | None,
-    workers: Workers | None = None,
-) -> tuple[SpotFeatures, dict[str, str]]:
-    """Return the features of spots inside the image, encoded or from a folder, and the facts that they depend on."""
-    from tqdm.auto import tqdm
-
-    from ..inference import read_features
-
-    log_interpolation(slide, model, how, parts)
-    total = sum(part.reader.n_spots for part in parts)
-    unit = "patch" if is_interpolated(parts) else "spot"
-    with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
-        return read_features(
-            parts,
-            how.encoder(model),
-            slide.centres[slide.inside] * slide.mpp,
-            folder=folder,
-            progress=bar.update,
-            workers=workers,
-        )
-
-
 def _n_views(model: HE2Gene, how: Encoding) -> int:
     """Count the stored views: the mean over symmetries is one, but models that average windows need each view."""
     if model.network.extractor.fusion != "mean":
@@ -216,7 +194,6 @@ def _n_views(model: HE2Gene, how: Encoding) -> int:
 
 
 def _check_size(table: AnnData, model: HE2Gene, how: Encoding) -> None:
-    """Raise if the features exceed the memory limit."""
     import torch
 
     extractor = model.network.extractor
@@ -241,14 +218,3 @@ def _flat(features: SpotFeatures, model: HE2Gene) -> np.ndarray:
     if model.network.extractor.fusion != "mean" and whole.shape[1] > 1:
         whole = whole.mean(1, keepdims=True)
     return whole.reshape(len(whole), -1)
-
-
-def _record(slides: tuple[Slide, ...], model: HE2Gene, how: Encoding, parts: list[tuple[Part, ...]]) -> dict[str, Any]:
-    """Return the facts in ``uns`` that the features depend on."""
-    dense = [slide.shapes_key for slide, part in zip(slides, parts, strict=True) if is_interpolated(part)]
-    return how.facts(model, dense) | {
-        "mpp": {slide.shapes_key: slide.mpp for slide in slides},
-        "image": {slide.shapes_key: slide.image_key for slide in slides},
-        "n_views": _n_views(model, how),
-        "lattice": how.step or 0.0,
-    }

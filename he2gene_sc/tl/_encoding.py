@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
-    from ..inference import Encoder, Part, SpotFeatures
+    from ..inference import Encoder, Part, SpotFeatures, Workers
     from ..models import HE2Gene
 
 
@@ -45,8 +45,6 @@ class Encoding:
     batch_size: int
     bar: bool  # whether a progress bar is shown
     step: float | None  # of the lattices of dense spots, as a share of the window; None: each spot is encoded
-    #: Names of the options that were given.
-    given: frozenset[str] = frozenset()
 
     @classmethod
     def checked(
@@ -56,24 +54,28 @@ class Encoding:
         show_progress_bar: bool | None,
         exact: bool,
         options: Mapping[str, Any],
+        stored: Mapping[str, Any] | None = None,
     ) -> Encoding:
-        """Create the settings; ``options`` are those of :class:`EncodingOptions`, after :func:`check_options`."""
+        """Create the settings; ``options`` are those of :class:`EncodingOptions`, after :func:`check_options`.
+
+        Options that were not given are as in the record of ``stored`` features, if any.
+        """
+        import torch
+
         from ..inference import resolve_device, resolve_dtype
 
         resolved = resolve_device(settings.device if device is None else device)
-        tta = options.get("tta")
+        defaults = {"tta": model.card.tta, "lattice": 0.25} if stored is None else stored
+        dtype, tta, step = options.get("dtype", "auto"), options.get("tta"), options.get("lattice")
+        step = float(defaults["lattice"] if step is None else step)
         return cls(
             device=resolved,
-            dtype=resolve_dtype(options.get("dtype", "auto"), resolved),
-            tta=model.card.tta if tta is None else bool(tta),
+            # Features that a GPU computed in float16 can be used on a CPU.
+            dtype=getattr(torch, stored["dtype"]) if stored and dtype == "auto" else resolve_dtype(dtype, resolved),
+            tta=bool(defaults["tta"] if tta is None else tta),
             batch_size=int(options.get("batch_size", 32)),
             bar=settings.show_progress_bar if show_progress_bar is None else show_progress_bar,
-            step=None if exact else float(options.get("lattice", 0.25)),
-            given=frozenset(
-                [name for name in ("tta", "lattice") if options.get(name) is not None]
-                + ["dtype"] * (options.get("dtype", "auto") != "auto")
-                + ["exact"] * exact
-            ),
+            step=None if exact or step == 0 else step,
         )
 
     def encoder(self, model: HE2Gene) -> Encoder:
@@ -182,15 +184,36 @@ def is_interpolated(parts: tuple[Part, ...]) -> bool:
     return parts[0].weights is not None
 
 
-def log_interpolation(slide: Slide, model: HE2Gene, how: Encoding, parts: tuple[Part, ...]) -> None:
-    """Log that features are interpolated, and the number of nodes."""
+def encode_slide(
+    slide: Slide,
+    model: HE2Gene,
+    how: Encoding,
+    parts: tuple[Part, ...],
+    folder: Path | None,
+    workers: Workers | None = None,
+) -> tuple[SpotFeatures, dict[str, str]]:
+    """Return the features of spots inside the image, encoded or from a folder, and the facts that they depend on."""
+    from tqdm.auto import tqdm
+
+    from ..inference import read_features
+
+    total, unit = sum(part.reader.n_spots for part in parts), "spot"
     if is_interpolated(parts):
-        nodes, n = sum(part.reader.n_spots for part in parts), int(slide.inside.sum())
+        n, unit = int(slide.inside.sum()), "patch"
         steps = ", ".join(f"{um:g}" for um in how.steps_um(model))
         logger.info(
             "%s: %d spots are closer than half a window: features are interpolated from %d patches on lattices of %s µm; "
             "exact=True encodes %d",
-            *(slide.shapes_key, n, nodes, steps, n * len(parts)),
+            *(slide.shapes_key, n, total, steps, n * len(parts)),
+        )
+    with tqdm(total=total, unit=unit, desc=f"encode {slide.shapes_key}", disable=not how.bar) as bar:
+        return read_features(
+            parts,
+            how.encoder(model),
+            slide.centres[slide.inside] * slide.mpp,
+            folder=folder,
+            progress=bar.update,
+            workers=workers,
         )
 
 
@@ -201,19 +224,6 @@ class KeptFeatures:
     table: AnnData
     key: str
     record: Mapping[str, Any]
-
-    def as_encoded(self, how: Encoding) -> Encoding:
-        """Return the settings, with options that were not given as they were when the features were computed."""
-        import torch
-
-        if "dtype" not in how.given:
-            how = replace(how, dtype=getattr(torch, self.record["dtype"]))
-        if "tta" not in how.given:
-            how = replace(how, tta=bool(self.record["tta"]))
-        if not how.given & {"exact", "lattice"}:
-            step = float(self.record["lattice"])
-            how = replace(how, step=step if step > 0 else None)
-        return how
 
     def of_slide(self, slide: Slide, parts: tuple[Part, ...], encoder: Encoder) -> SpotFeatures:
         """Return the features of the spots of a slide; raise if they are of other pixels or another encoder."""

@@ -93,6 +93,14 @@ def name_genes(net: pd.DataFrame, genes: pd.Index) -> str:
     return f"the sets name genes such as {list(targets[:3])}, the data {list(genes[:3])}"
 
 
+def select_sets(net: pd.DataFrame, genes: pd.Index, least: int) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Return the sets with at least ``least`` of the genes, but not all of them, and the number of genes of every set."""
+    renamed = rename_targets(net, genes)
+    weights = weights_by_set(renamed[renamed["target"].isin(genes)])
+    sizes = {name: len(weights.get(name, ())) for name in net["source"].unique()}
+    return {name: weights[name] for name, n in sizes.items() if least <= n < len(genes)}, sizes
+
+
 def weights_by_set(net: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Return the weights of the genes of each set, in the order of the net; 1 if it has no weights."""
     weights = net["weight"].astype(float) if "weight" in net else pd.Series(1.0, index=net.index)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: The intervals of genes detected in a smaller share of the training spots mean "not detected".
 RARE_SHARE = 0.2
+#: Valid values of the argument `by`.
+BY = ("annotation", "detected", "level", None)
 #: Residuals that an argument `by` needs, and that models or calibrations of older versions do not have.
 _NEEDED = {"detected": "of the spots that express a gene", "level": "by predicted level"}
 
@@ -39,15 +41,6 @@ class Intervals:
     known: np.ndarray  # genes with intervals
     facts: dict[str, Any]
     rare: np.ndarray | None  # genes detected in fewer than a fifth of the spots; None if the model does not state it
-
-
-def check_by(by: object) -> None:
-    """Raise unless residuals can be grouped by ``by``."""
-    if by not in ("annotation", "detected", "level", None):
-        raise ValueError(
-            f"`by` is {by!r}, valid: 'annotation' (the predicted class), 'detected' (also the spots that express the gene), "
-            "'level' (the predicted level of the gene) or None"
-        )
 
 
 def find_adaptation(table: AnnData, record: Mapping[str, Any], layer: str) -> Mapping[str, Any] | None:
@@ -93,14 +86,12 @@ def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int)
     adapted = ~np.all(np.isnan(quantiles), axis=0)
     if (adapted & ~known).any() or not known.any():
         _check_measured(coverage, levels, quantiles, adapted, known, low)
-    facts = {"guarantee": "none", "unit": "spot", "residuals": str(record.get("guarantee", "of hg.tl.adapt"))}
+    residuals = str(record.get("guarantee", "of hg.tl.adapt"))
+    facts = {"guarantee": "none", "unit": "spot", "residuals": residuals, "by": "none"}
     # Older versions did not record it.
     rare = np.asarray(record["detected"]) < RARE_SHARE if "detected" in record else None
     return Intervals(
-        lambda predicted, genes, _: (predicted + lower[genes], predicted + upper[genes]),
-        known,
-        facts | {"by": "none"},
-        rare,
+        lambda predicted, genes, _: (predicted + lower[genes], predicted + upper[genes]), known, facts, rare
     )
 
 
@@ -128,14 +119,14 @@ def _check_measured(
 
 def model_intervals(
     table: AnnData,
-    record: Any,
+    keys: Keys,
     model: str | Path | HE2Gene | None,
     coverage: float,
     by: str | None,
     gene_symbols: str | None,
-    keys: Keys,
 ) -> Intervals:
     """Return the intervals of a prediction, from the residuals of its model."""
+    record = table.uns[keys.uns]
     model = predicting_model(record, model)
     facts = model.card.intervals
     if facts is None:

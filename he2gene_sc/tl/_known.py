@@ -48,7 +48,6 @@ def training_sections(slides: Sequence[Slide], card: ModelCard) -> list[list[str
 
 
 def _sections_in(slide: Slide, card: ModelCard) -> list[str]:
-    """Return the training sections in the image of a slide."""
     shape = [slide.pyramid.height, slide.pyramid.width]
     images = {name: facts["image"] for name, facts in card.training.get("sections", {}).items() if "image" in facts}
     images = {name: image for name, image in images.items() if image["shape"] == shape}

@@ -21,12 +21,12 @@ from .._core.placement import check_on_tissue
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags, head_digest, summary_of
 from .._core.slide import Slide
 from ..image import MIN_TISSUE
-from ._embed import encode_slide
 from ._encoding import (
     Encoding,
     EncodingOptions,
     KeptFeatures,
     check_options,
+    encode_slide,
     find_features,
     find_slides,
     is_interpolated,
@@ -201,7 +201,6 @@ def predict(
     check_options("predict", options)
     keys = Keys(key_added, layer)
     model = load(model)
-    how = Encoding.checked(model, device, show_progress_bar, exact, options)
     places = {
         "image_key": image_key,
         "shapes_key": shapes_key,
@@ -221,8 +220,8 @@ def predict(
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
     kept = find_features(features, table)
-    if isinstance(kept, KeptFeatures):
-        how = kept.as_encoded(how)
+    stored = kept.record if isinstance(kept, KeptFeatures) else None
+    how = Encoding.checked(model, device, show_progress_bar, exact, options, stored)
     new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
     shape = table.shape if table is not None and new_table is None else new_shape
     lazy = is_large(*shape)
@@ -237,7 +236,7 @@ def predict(
     predictions = [prediction for _, _, prediction in results]
     dense = [slide.shapes_key for slide, (_, interpolated, _) in zip(slides, results, strict=True) if interpolated]
     given = [name for name, value in {**places, "known_patient": known_patient}.items() if value is not None]
-    given += ["dtype"] * ("dtype" in how.given)
+    given += ["dtype"] * (options.get("dtype", "auto") != "auto")
     known: dict[str, Any] = {}
     if any(sections) or known_patient is not None:
         known["known_patient"] = any(sections) if known_patient is None else known_patient

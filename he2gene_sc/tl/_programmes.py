@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from ..training._predictability import MIN_GROUPS, mean_by_patient
 from ..training._programmes import summarise_programmes
 from ._biomarkers.reference_fields import COLOUR, DEPTH, fields
 from ._compare import correlation, predict_held_out, shared_spots
-from ._gene_sets import membership, name_genes, read_net, rename_targets, weights_by_set
+from ._gene_sets import membership, name_genes, read_net, select_sets
 from ._paired import paired_spots, sections_trained_on
 
 if TYPE_CHECKING:
@@ -142,9 +141,9 @@ def programmes(
         raise ValueError(
             "`layer` is None, so measured counts are scored and there is no prediction to compare; leave `held_out` out"
         )
-    sets = read_net(net)
+    named = read_net(net)
     try:
-        check_class_names(sets["source"].unique(), "set")
+        check_class_names(named["source"].unique(), "set")
     except ValueError as error:
         raise ValueError(
             f"`net`: {error}. To rename sets of a GMT file: net = decoupler.pp.read_gmt(path); "
@@ -155,22 +154,22 @@ def programmes(
     for table in spots.tables:
         check_free(table, "programmes", key_added, obsm=[key_added])
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
-    scorer = _Scorer.from_net(sets, spots.genes, min_genes)
-    results = pd.DataFrame({"n_genes": sets.groupby("source", sort=False).size()}).rename_axis("source")
-    results["n_predicted"] = scorer.sizes.reindex(results.index)
-    left_out = results[~results.index.isin(scorer.names)]
-    if not scorer.names:
+    sets, sizes = select_sets(named, spots.genes, min_genes)
+    results = pd.DataFrame({"n_genes": named.groupby("source", sort=False).size()}).rename_axis("source")
+    results["n_predicted"] = pd.Series(sizes, dtype=int)
+    left_out = results[~results.index.isin(sets)]
+    if not sets:
         raise ValueError(
             f"`net`: no set has at least {min_genes} of the {len(spots.genes)} genes of the layer, but not all of them; the largest has "
-            f"{int(left_out['n_predicted'].max()) if len(left_out) else 0}. Check the names ({name_genes(sets, spots.genes)}), or lower "
+            f"{int(left_out['n_predicted'].max()) if len(left_out) else 0}. Check the names ({name_genes(named, spots.genes)}), or lower "
             "`min_genes`"
         )
-    results = results.loc[scorer.names]
+    results = results.loc[list(sets)]
     metrics = pd.DataFrame(np.nan, index=results.index, columns=list(_COLUMNS))
     evidence = "measured" if layer is None else f"{_UNKNOWN}no held-out slides"
     results = results.join(metrics).assign(reliable=False, evidence=evidence)
     if layer is not None and held_out is None:
-        known = _training_metrics(spots, layer, scorer)
+        known = _training_metrics(spots, layer, sets)
         results.loc[known.index, known.columns] = known
     params = {"layer": layer, "layer_scale": layer_scale, "min_genes": min_genes, "seed": seed}
     facts: dict[str, Any] = {"left_out": left_out.reset_index()}
@@ -188,16 +187,16 @@ def programmes(
             parameter="held_out",
         )
         (predicted,), truth = shared_spots([pair], "held_out")
-        held_out_scorer = _Scorer.from_net(sets[sets["source"].isin(results.index)], truth.genes, min_genes)
-        if not held_out_scorer.names:
+        held_out_sets, _ = select_sets(named[named["source"].isin(sets)], truth.genes, min_genes)
+        if not held_out_sets:
             raise ValueError(
                 f"`held_out`: no set has {min_genes} of the {len(truth.genes)} genes that were predicted and measured there; pass "
                 "slides with more genes, or lower `min_genes`"
             )
         fields_of_spots = fields(held_out, truth.tables, truth, str(layer))
         references = {name: values[:, None] for name, values in fields_of_spots.items()}
-        facts["sections"] = _section_metrics(held_out_scorer, predicted, truth, references, seed)
-        summary = _over_units(facts["sections"], sample_key, held_out_scorer.names, sections_trained_on(predicted))
+        facts["sections"] = _section_metrics(held_out_sets, predicted, truth, references, seed)
+        summary = _over_units(facts["sections"], sample_key, list(held_out_sets), sections_trained_on(predicted))
         results["evidence"] = f"{_UNKNOWN}fewer than {min_genes} of its genes on the held-out slides"
         results.loc[summary.index, summary.columns] = summary
         params |= {**unit_keys, "measured_scale": measured_scale}
@@ -206,12 +205,11 @@ def programmes(
         results = results.assign(reliable=False, evidence=f"{_UNKNOWN}a slide of `data` is out of distribution")
     results = results.astype({"reliable": bool}).reset_index()
     record = {"verb": "programmes", "params": {k: v for k, v in params.items() if v is not None}, **facts}
-    scores = scorer.scores(spots.blocks(), len(spots.labels))
-    parts = np.split(scores, np.cumsum([len(rows) for rows in spots.rows])[:-1])
+    parts = np.split(_scores(spots, membership(sets, spots.genes)), np.cumsum([len(rows) for rows in spots.rows])[:-1])
     written = []
     for table, rows, part in zip(spots.tables, spots.rows, parts, strict=True):
         values = in_columns(part.T, rows, table.n_obs).T
-        frame = pd.DataFrame(values, index=table.obs_names, columns=scorer.names)
+        frame = pd.DataFrame(values, index=table.obs_names, columns=list(sets))
         result = Result("programmes", key_added, {**record, "results": results}, {"obsm": {key_added: frame}})
         written.append((table, result))
     _warn(left_out, min_genes, results)
@@ -220,66 +218,42 @@ def programmes(
     return results.copy()
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """Scores of the sets that contain enough of the genes, but not all of them."""
-
-    weights: np.ndarray  # (g, sets)
-    sets: Mapping[str, Mapping[str, float]]
-    sizes: pd.Series
-    genes: pd.Index
-
-    @classmethod
-    def from_net(cls, net: pd.DataFrame, genes: pd.Index, min_genes: int) -> _Scorer:
-        """Select the sets of a net with at least ``min_genes`` of ``genes``."""
-        order = net["source"].unique()
-        net = rename_targets(net, genes)
-        net = net[net["target"].isin(genes)]
-        sizes = net.groupby("source").size().reindex(order, fill_value=0)
-        weights = weights_by_set(net)
-        sets = {name: weights[name] for name in order[(sizes >= min_genes) & (sizes < len(genes))]}
-        return cls(membership(sets, genes), sets, sizes, genes)
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the sets."""
-        return list(self.sets)
-
-    def scores(self, blocks: Iterable[tuple[slice, np.ndarray]], n: int) -> np.ndarray:
-        """Compute scores ``(n, sets)`` from blocks of spots with logarithms."""
-        out = np.zeros((n, len(self.sets)))
-        for spots, values in blocks:
-            out[spots] = SetScores(self.weights).add(values).t()
-        return out
-
-    def ceiling(self, spots: SpotData, rng: np.random.Generator) -> np.ndarray:
-        """Compute the noise ceiling ``(sets,)`` of the scores from the counts of one section."""
-        ((table, rows),) = [pair for pair in zip(spots.tables, spots.rows, strict=True) if len(pair[1])]
-        counts = values_of(table[rows], spots.layer, "measured")
-        return set_ceiling(counts, find_genes(self.genes, table.var_names), self.weights, rng)
+def _scores(spots: SpotData, weights: np.ndarray) -> np.ndarray:
+    """Compute the scores of each spot ``(n, sets)``, from the weights of the genes in the sets ``(g, sets)``."""
+    out = np.zeros((len(spots.labels), weights.shape[1]))
+    for where, values in spots.blocks():
+        out[where] = SetScores(weights).add(values).t()
+    return out
 
 
 def _section_metrics(
-    scorer: _Scorer, predicted: SpotData, truth: SpotData, references: Mapping[str, np.ndarray], seed: int
+    sets: Mapping[str, Mapping[str, float]],
+    predicted: SpotData,
+    truth: SpotData,
+    references: Mapping[str, np.ndarray],
+    seed: int,
 ) -> pd.DataFrame:
     """Return the metrics of each set in each section, with one row per section and set."""
-    n = len(truth.units)
-    score, target = scorer.scores(predicted.blocks(), n), scorer.scores(truth.blocks(), n)
+    weights = membership(sets, truth.genes)
+    score, target = _scores(predicted, weights), _scores(truth, weights)
     units, patients = (pd.factorize(names)[0] for names in (truth.units, truth.samples))
     predictions = {"pearson": score, **predict_held_out(references, target, units, patients)}
     totals = truth.totals(truth.layer, "measured") if truth.scale == "counts" else None
     rng, rows = np.random.default_rng(seed), []
     for unit in range(units.max() + 1):
         own = units == unit
+        first = np.flatnonzero(own)[0]
         metrics = {name: correlation(values[own], target[own]) for name, values in predictions.items()}
         if totals is not None:
             given_depth = Depth.fit(totals[own], np.zeros(own.sum())).partial(score[own], target[own])
             known = np.isfinite(metrics["pearson"])
             metrics["pearson_given_depth"] = np.where(known, np.nan_to_num(given_depth), np.nan)
-            metrics["ceiling"] = scorer.ceiling(truth.take(own), rng)
-        first = np.flatnonzero(own)[0]
+            i = truth.objects[first]
+            table = truth.tables[i][truth.take(own).rows[i]]
+            counts = values_of(table, truth.layer, "measured")
+            metrics["ceiling"] = set_ceiling(counts, find_genes(truth.genes, table.var_names), weights, rng)
         section = {"sample": truth.samples[first], "section": truth.sections[first], "n_spots": int(own.sum())}
-        rows.append(pd.DataFrame({"source": scorer.names, **section, **metrics}))
+        rows.append(pd.DataFrame({"source": list(sets), **section, **metrics}))
     return pd.concat(rows, ignore_index=True).reindex(columns=[*rows[0].columns[:4], *_METRICS])
 
 
@@ -301,7 +275,7 @@ def _over_units(sections: pd.DataFrame, unit: str, names: list[str], trained_on:
     return out
 
 
-def _training_metrics(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFrame:
+def _training_metrics(spots: SpotData, layer: str, sets: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Return the metrics of sets that were given when the model was trained, if the layer is its prediction."""
     records = [record_of_layer(table, layer) for table in spots.tables]
     # Models that were never saved have no SHA-256.
@@ -309,16 +283,16 @@ def _training_metrics(spots: SpotData, layer: str, scorer: _Scorer) -> pd.DataFr
     if len(models) > 1 or any(record.get("layer") != layer or "programmes" not in record for record in records):
         return pd.DataFrame()
     trained: pd.DataFrame = records[0]["programmes"]
-    enough = len(scorer.genes) >= _MIN_SHARE_OF_GENES * trained["n_learned"].iloc[0]
+    enough = len(spots.genes) >= _MIN_SHARE_OF_GENES * trained["n_learned"].iloc[0]
     known = {name: _current_genes(text) for name, text in trained["genes"].items()}
-    same = [name for name in scorer.sets if known.get(name) == _current_genes(set_genes(scorer.sets[name]))]
+    same = [name for name, weights in sets.items() if known.get(name) == _current_genes(set_genes(weights))]
     trained = trained.loc[same if enough else []].rename(columns={"colour": COLOUR})
     trained[list(_COLUMNS)] = trained[list(_COLUMNS)].apply(pd.to_numeric, errors="coerce")
-    trained["evidence"] = [f"{n} patients held out in training" for n in trained["n_patients"]]
-    for name in trained.index[trained["n_patients"] < MIN_GROUPS]:
-        trained.loc[name, "evidence"] = (
-            f"{_UNKNOWN}{trained.loc[name, 'n_patients']} patients held out in training, {MIN_GROUPS} are needed"
-        )
+    held_out = "patients held out in training"
+    trained["evidence"] = [
+        f"{n} {held_out}" if n >= MIN_GROUPS else f"{_UNKNOWN}{n} {held_out}, {MIN_GROUPS} are needed"
+        for n in trained["n_patients"]
+    ]
     return trained[[*_COLUMNS, "reliable", "evidence"]]
 
 

@@ -16,8 +16,8 @@ import he2gene_sc as hg
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.datasets import _hest
 from he2gene_sc.io._tiled import TiledImage
-from he2gene_sc.tl._train.arguments import read_all
 from he2gene_sc.tl._train.options import TrainingKeys
+from he2gene_sc.tl._train.train import read_all
 from tests.helpers.hbcis_mini import AMBIGUOUS, GENES
 from tests.helpers.hest_mini import CELLS, CONTROLS, HBCIS, HER2ST, PITCH, SAMPLES, SIDE, STAHL, XENIUM, write_hest
 from tests.helpers.toy_sections import own

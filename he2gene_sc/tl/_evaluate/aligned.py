@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,8 @@ FITTED_SPOTS = "spots that hg.tl.adapt was fitted on"
 class AlignedExpression:
     """Predicted and measured expression of ``g`` genes at the same ``n`` spots."""
 
-    genes: pd.Index
+    table: AnnData  # with the prediction
+    keys: Keys  # of the prediction
     columns: np.ndarray  # of the predicted table, (g,)
     rows: np.ndarray  # of the predicted table, (n,)
     predicted: np.ndarray  # (n, g) float32, natural log of (1 + counts per 10,000)
@@ -52,8 +54,6 @@ class AlignedExpression:
     source: AnnData  # the measured table
     source_rows: np.ndarray  # of the measured table, (n,)
     xy: np.ndarray  # spot centres, (n, 2)
-    row: np.ndarray  # on the array, (n,)
-    column: np.ndarray
     sections: dict[str, np.ndarray]  # positions of the spots of each section
     pitches: dict[str, float]  # median distance of neighbouring spots by section, in the unit of xy
     mean: np.ndarray  # of each gene in training; NaN if unknown
@@ -73,6 +73,19 @@ class AlignedExpression:
         """Neighbour weights of the spots of each section."""
         return {name: neighbour_weights(self.xy[spots], self.pitches[name]) for name, spots in self.sections.items()}
 
+    @cached_property
+    def array_positions(self) -> np.ndarray:
+        """Row and column of each spot on the array ``(2, n)``, from ``obs`` or else from the spot centres."""
+        obs = self.source.obs.iloc[self.source_rows]
+        if {"array_row", "array_col"} <= set(obs):
+            positions = obs[["array_row", "array_col"]].to_numpy(float)
+            if np.isfinite(positions).all():
+                return np.rint(positions).astype(int).T
+        cells = np.empty(self.xy.shape, int)
+        for name, spots in self.sections.items():
+            cells[spots] = np.rint((self.xy[spots] - self.xy[spots].min(0)) / self.pitches[name]).astype(int)
+        return cells.T[::-1]
+
     def labels(self, key: str, parameter: str) -> pd.Series:
         """Return the cleaned names in a column of ``obs``, ``(n,)``; ``None`` for spots without a name."""
         what = "samples" if parameter == "sample_key" else "labels"
@@ -80,50 +93,43 @@ class AlignedExpression:
         return pd.Series(names, index=self.source.obs_names[self.source_rows], dtype=object)
 
 
-@dataclass(frozen=True)
-class AlignOptions:
-    """Arguments of ``hg.tl.evaluate`` that choose layers, genes and sections.
-
-    ``is_other``: another model predicted the layer, on the scale ``layer_scale``.
-    """
-
-    layer: str
-    measured: str | None
-    scale: Scale
-    genes: Sequence[str] | None = None
-    section_key: str = SECTION
-    model: HE2Gene | None = None
-    gene_symbols: str | None = None
-    sample_key: str = PATIENT
-    is_other: bool = False
-    layer_scale: Scale = "auto"
-
-
 def align_expression(
-    data: SpatialData | AnnData, table: AnnData, keys: Keys, options: AlignOptions
+    data: SpatialData | AnnData,
+    table: AnnData,
+    keys: Keys,
+    name: str,
+    measured: str | None,
+    measured_scale: Scale,
+    *,
+    other_scale: Scale | None = None,
+    genes: Sequence[str] | None = None,
+    sample_key: str = PATIENT,
+    section_key: str = SECTION,
+    model: str | Path | HE2Gene | None = None,
+    gene_symbols: str | None = None,
 ) -> AlignedExpression:
-    """Align predicted and measured expression: the same genes, and spots that have both."""
-    if options.is_other:
-        layer = other_layer(table, options.layer, options.layer_scale)
-    else:
-        layer = find_layer(table, keys, options.layer, options.model)
-    source, rows, source_rows = _measured_table(data, table, layer.name, options.measured)
-    gene_symbols = symbols_of(source, layer.record, options.gene_symbols)
-    columns, source_columns = genes_in_common(table, source, layer.is_predicted, options.genes, gene_symbols)
-    predicted = take(layer.values.T, columns).T if options.is_other else as_logs(layer.values, "log", columns)
-    measured = log_expression(
-        source, options.measured, genes=source_columns, scale=options.scale, expected="counts", parameter="measured"
+    """Align layer ``name`` and measured expression: the same genes, and spots that have both.
+
+    ``other_scale``: scale of a layer that another model predicted; ``None`` for layers of the prediction of ``keys``.
+    """
+    layer = find_layer(table, keys, name, model) if other_scale is None else other_layer(table, name, other_scale)
+    source, rows, source_rows = _measured_table(data, table, layer.name, measured)
+    gene_symbols = symbols_of(source, layer.record, gene_symbols)
+    columns, source_columns = genes_in_common(table, source, layer.is_predicted, genes, gene_symbols)
+    predicted = as_logs(layer.values, "log", columns) if other_scale is None else take(layer.values.T, columns).T
+    truth = log_expression(
+        source, measured, genes=source_columns, scale=measured_scale, expected="counts", parameter="measured"
     )
-    counts = None if options.scale == "log" else values_of(source, options.measured, "measured")
+    counts = None if measured_scale == "log" else values_of(source, measured, "measured")
     if counts is None:
-        has_counts = np.any(np.isfinite(measured), axis=1)[source_rows]
+        has_counts = np.any(np.isfinite(truth), axis=1)[source_rows]
     else:
         has_counts = (np.asarray(counts.sum(axis=1)).ravel() > 0)[source_rows]
     has_prediction = np.any(np.isfinite(predicted), axis=1)[rows]
-    section = _sections(source, options.section_key, options.sample_key)[source_rows]
+    section = _sections(source, section_key, sample_key)[source_rows]
     fitted = np.zeros(len(rows), bool) if layer.fitted_on is None else layer.fitted_on[rows]
     kept, n_left_out = _select_spots(layer, section, has_prediction, has_counts, fitted)
-    n_left_out["genes not predicted"] = source.n_vars - len(columns) if options.genes is None else 0
+    n_left_out["genes not predicted"] = source.n_vars - len(columns) if genes is None else 0
     # The pitch is that of the array: spots that are left out would leave holes.
     on_array = has_prediction & has_counts
     rows_of = {name: rows[on_array & (section == name)] for name in pd.unique(section[kept])}
@@ -134,8 +140,6 @@ def align_expression(
         )
     sections = {str(name): np.flatnonzero(section[kept] == name) for name in rows_of}
     rows, source_rows = rows[kept], source_rows[kept]
-    xy = spots_of(table[rows])
-    row, column = _array_positions(source.obs.iloc[source_rows], xy, sections, pitches)
     trained_on = known_training_sections(layer.record, layer.model, sections)
     if trained_on:
         warnings.warn(
@@ -143,21 +147,20 @@ def align_expression(
             stacklevel=3,
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
-    if not options.is_other:
+    if other_scale is None:
         mean, panels = training_facts(table, columns, keys, layer.model, gene_symbols)
     return AlignedExpression(
-        genes=table.var_names[columns],
+        table=table,
+        keys=keys,
         columns=columns,
         rows=rows,
         predicted=take(predicted, rows),
-        measured=take(measured, source_rows),
+        measured=take(truth, source_rows),
         counts=None if counts is None else take(counts, source_rows),
         count_columns=source_columns,
         source=source,
         source_rows=source_rows,
-        xy=xy,
-        row=row,
-        column=column,
+        xy=spots_of(table[rows]),
         sections=sections,
         pitches=pitches,
         mean=mean,
@@ -262,30 +265,15 @@ def _spot_ids(table: AnnData, name: str) -> pd.MultiIndex:
     return spots
 
 
-def _array_positions(
-    obs: pd.DataFrame, xy: np.ndarray, sections: Mapping[str, np.ndarray], pitches: Mapping[str, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the row and column of each spot on the array, from ``obs`` or else from the spot centres."""
-    if {"array_row", "array_col"} <= set(obs):
-        positions = obs[["array_row", "array_col"]].to_numpy(float)
-        if np.isfinite(positions).all():
-            return tuple(np.rint(positions).astype(int).T)
-    cells = np.empty(xy.shape, int)
-    for name, spots in sections.items():
-        cells[spots] = np.rint((xy[spots] - xy[spots].min(0)) / pitches[name]).astype(int)
-    return cells[:, 1], cells[:, 0]
-
-
-def class_probabilities(
-    aligned: AlignedExpression, annotation_key: str, table: AnnData, keys: Keys
-) -> tuple[pd.DataFrame, np.ndarray, int]:
+def class_probabilities(aligned: AlignedExpression, annotation_key: str) -> tuple[pd.DataFrame, np.ndarray, int]:
     """Return class probabilities, the class code of each spot's label (-1: none), and the number of unknown labels."""
     labels = aligned.labels(annotation_key, "annotation_key")
-    if keys.proba not in table.obsm:
+    keys, obsm = aligned.keys, aligned.table.obsm
+    if keys.proba not in obsm:
         raise ValueError(
             f"`annotation_key`: prediction {keys.key_added!r} has no annotation, because its model has no classes; leave it out"
         )
-    proba = table.obsm[keys.proba].iloc[aligned.rows]
+    proba = obsm[keys.proba].iloc[aligned.rows]
     codes = pd.Index(proba.columns.astype(str)).get_indexer(labels)
     unknown = labels[codes < 0].value_counts()
     if not (codes >= 0).any():

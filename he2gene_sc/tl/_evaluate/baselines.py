@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core.keys import Keys
 from ..._core.logs import logger
 from ..._core.slide import colours_of, slides_of
 from ...stats import _baselines as statistics
@@ -35,12 +34,7 @@ Predictor = Callable[[str, np.ndarray, np.ndarray], statistics.Baseline]
 
 
 def baseline_predictors(
-    data: SpatialData | AnnData,
-    table: AnnData,
-    aligned: AlignedExpression,
-    chosen: Sequence[str] | None,
-    annotation_key: str | None,
-    keys: Keys,
+    data: SpatialData | AnnData, aligned: AlignedExpression, chosen: Sequence[str] | None, annotation_key: str | None
 ) -> tuple[dict[str, Predictor | None], dict[str, str]]:
     """Return each baseline (``None``: the training mean), and the reason why each other one is left out."""
     predictors: dict[str, Predictor | None] = {}
@@ -50,7 +44,7 @@ def baseline_predictors(
             skipped[name] = "not asked for"
             continue
         try:
-            predictors[name] = _predictor(name, data, table, aligned, annotation_key, keys)
+            predictors[name] = _predictor(name, data, aligned, annotation_key)
         except ValueError as error:
             if chosen is not None:
                 raise ValueError(f"`baselines`: {name!r} cannot be computed: {error}") from error
@@ -60,12 +54,7 @@ def baseline_predictors(
 
 
 def _predictor(
-    name: str,
-    data: SpatialData | AnnData,
-    table: AnnData,
-    aligned: AlignedExpression,
-    annotation_key: str | None,
-    keys: Keys,
+    name: str, data: SpatialData | AnnData, aligned: AlignedExpression, annotation_key: str | None
 ) -> Predictor | None:
     """Return a baseline, ``None`` for the training mean; raise if its input is missing."""
     if name == "training mean":
@@ -87,7 +76,8 @@ def _predictor(
     if name == "mean colour":
         if not hasattr(data, "tables"):
             raise ValueError("a SpatialData object with the image is needed; `data` is a table")
-        features = colours_of(slides_of(data, table, keys.uns), table, _optical_density, 6)[aligned.rows]
+        slides = slides_of(data, aligned.table, aligned.keys.uns)
+        features = colours_of(slides, aligned.table, _optical_density, 6)[aligned.rows]
     else:
         features = np.empty((len(aligned.xy), 3))
         for spots in aligned.sections.values():

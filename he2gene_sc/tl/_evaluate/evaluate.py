@@ -17,10 +17,10 @@ from ..._core.keys import SECTION, Keys, check_key
 from ..._core.ownership import check_free
 from ..._core.results import write_result
 from ..._core.spots import has_samples
-from .aligned import UNKNOWN_LABELS, AlignedExpression, AlignOptions, align_expression, class_probabilities
+from .aligned import UNKNOWN_LABELS, AlignedExpression, align_expression, class_probabilities
 from .baselines import BASELINES, SEEN, baseline_predictors
 from .layer import MODEL, prediction_named, table_with
-from .metrics import METRICS, Results, annotation_tables, compute_metrics, gene_tables, summarise
+from .metrics import METRICS, annotation_tables, compute_metrics, gene_tables, summarise
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -61,8 +61,7 @@ def evaluate(
         Predicted expression: the layer of the prediction (the default), a layer that :func:`he2gene_sc.tl.adapt` made of it, or
         a layer of another model. Spots that ``adapt`` was fitted on are left out. The tables name the predictor after the layer.
     layer_scale
-        Scale of the layer of another model. ``"auto"``: expect natural logarithms of (1 + counts per 10,000) and raise for raw
-        counts; ``"counts"``: raw counts; ``"log"``: logarithms, used as they are.
+        Scale of the layer of another model, as for :func:`he2gene_sc.tl.calibrate`.
     measured
         Layer of raw counts; ``None``: ``X``. Counts become ln(1 + counts per 10,000), with totals over all genes. If
         ``predict(genes="all")`` made a new table, this is a layer of the measured table.
@@ -177,8 +176,6 @@ def evaluate(
     ['scope', 'section', 'predictor', 'panel']
     """
     validate.arguments(evaluate, locals())
-    from ...models import load
-
     check_key(key_added, "key_added")
     genes = None if genes is None else validate.names(genes, "genes", one=True)
     baselines = None if baselines is None else validate.names(baselines, "baselines", one=True)
@@ -202,18 +199,15 @@ def evaluate(
         data,
         table,
         keys,
-        AlignOptions(
-            layer,
-            measured,
-            measured_scale,
-            genes,
-            section_key,
-            None if model is None else load(model),
-            gene_symbols,
-            sample_key,
-            is_other,
-            layer_scale,
-        ),
+        layer,
+        measured,
+        measured_scale,
+        other_scale=layer_scale if is_other else None,
+        genes=genes,
+        sample_key=sample_key,
+        section_key=section_key,
+        model=model,
+        gene_symbols=gene_symbols,
     )
     warn_of_copy(aligned.predicted, aligned.measured, layer)
     # Without the column, the shapes elements are the sections.
@@ -224,19 +218,24 @@ def evaluate(
     if annotation_key is not None and is_other:
         aligned.labels(annotation_key, "annotation_key")
     elif annotation_key is not None:
-        proba, codes, left_out[UNKNOWN_LABELS] = class_probabilities(aligned, annotation_key, table, keys)
+        proba, codes, left_out[UNKNOWN_LABELS] = class_probabilities(aligned, annotation_key)
         facts = annotation_tables(aligned, proba, codes, samples)
-    predictors, skipped = baseline_predictors(data, table, aligned, baselines, annotation_key, keys)
-    results = compute_metrics(aligned, predictors, n_splits=n_splits, seed=seed)
+    predictors, skipped = baseline_predictors(data, aligned, baselines, annotation_key)
+    by_section, pooled = compute_metrics(aligned, predictors, n_splits=n_splits, seed=seed)
     if np.isnan(aligned.mean).all() and not is_other:
         warnings.warn(
             "the training means of the genes are unknown, so skill is NaN: predict again, or name the `model`",
             stacklevel=2,
         )
-    left_out["genes constant on either side, pooled"] = int(
-        np.isnan(results.pooled[aligned.predictor]["pearson"]).sum()
-    )
-    facts |= _tables(aligned, results, samples, skipped, left_out, is_other)
+    left_out["genes constant on either side, pooled"] = int(np.isnan(pooled[aligned.predictor]["pearson"]).sum())
+    of_model, of_baselines = gene_tables(aligned, by_section, pooled, samples)
+    facts |= {
+        "genes": of_model,
+        "summary": summarise(pd.concat([of_model, of_baselines], ignore_index=True), aligned.panels),
+        "predictors": _predictor_table(aligned, skipped, is_other),
+        "left_out": pd.DataFrame({"what": list(left_out), "n": list(left_out.values())}),
+        **({"baselines": of_baselines} if len(of_baselines) else {}),
+    }
     params = {
         "layer": None if aligned.predictor == MODEL else layer,
         "layer_scale": layer_scale if is_other else None,
@@ -253,20 +252,12 @@ def evaluate(
     }
     var = {name: np.full(table.n_vars, np.nan, np.float32) for name in names.values()}
     for metric, name in names.items():
-        var[name][aligned.columns] = results.pooled[aligned.predictor][metric]
+        var[name][aligned.columns] = pooled[aligned.predictor][metric]
     write_result(table, "evaluate", key_added, params=params, facts=facts, var=var)
 
 
-def _tables(
-    aligned: AlignedExpression,
-    results: Results,
-    samples: Mapping[str, str] | None,
-    skipped: Mapping[str, str],
-    left_out: Mapping[str, int],
-    is_other: bool,
-) -> dict[str, pd.DataFrame]:
-    """Return all tables except those of the annotation."""
-    of_model, of_baselines = gene_tables(aligned, results, samples)
+def _predictor_table(aligned: AlignedExpression, skipped: Mapping[str, str], is_other: bool) -> pd.DataFrame:
+    """Return what each predictor has seen, and why it was left out."""
     model = "another model predicted it: not known" if is_other else SEEN[MODEL]
     model += f", and {', '.join(aligned.trained_on)} are among them" if aligned.trained_on else ""
     if aligned.n_fitted is None:
@@ -274,20 +265,12 @@ def _tables(
     elif aligned.predictor != MODEL and (aligned.n_fitted or not is_other):
         model += f"; expression of {aligned.n_fitted} measured spots of this slide, which are left out"
     seen = {aligned.predictor: model} | {name: SEEN[name] for name in BASELINES}
-    predictors = [
+    return pd.DataFrame(
         {"predictor": p, "computed": p not in skipped, "seen": seen[p], "reason": skipped.get(p, "")} for p in seen
-    ]
-    tables = {
-        "genes": of_model,
-        "summary": summarise(pd.concat([of_model, of_baselines], ignore_index=True), aligned.panels),
-        "predictors": pd.DataFrame(predictors),
-        "left_out": pd.DataFrame({"what": list(left_out), "n": list(left_out.values())}),
-    }
-    return tables | ({"baselines": of_baselines} if len(of_baselines) else {})
+    )
 
 
 def _samples(aligned: AlignedExpression, sample_key: str) -> Mapping[str, str]:
-    """Return the sample of each section."""
     values = aligned.labels(sample_key, "sample_key").to_numpy(object)
     sample_of_section = {}
     for section, spots in aligned.sections.items():

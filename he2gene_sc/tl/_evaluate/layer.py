@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ..._core import validate
 from ..._core.expression import Scale, log_expression
 from ..._core.genes import columns_of, match_genes, match_names, symbols_in
 from ..._core.keys import Keys
@@ -73,7 +73,7 @@ def other_layer(table: AnnData, layer: str, scale: Scale) -> EvaluatedLayer:
     return EvaluatedLayer(layer, layer, bool(steps), adaptation_spots(table, steps), values, is_predicted)
 
 
-def find_layer(table: AnnData, keys: Keys, layer: str, model: HE2Gene | None) -> EvaluatedLayer:
+def find_layer(table: AnnData, keys: Keys, layer: str, model: str | Path | HE2Gene | None) -> EvaluatedLayer:
     """Find the layer of the prediction, or a layer that was adapted from it."""
     record = record_of(table, keys.key_added)
     own = record["layer"]
@@ -118,12 +118,9 @@ def genes_in_common(
     table: AnnData, other: AnnData, known: np.ndarray, genes: Sequence[str] | None, gene_symbols: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the columns of both tables that hold the same predicted gene (``known``, ``(n_vars,)``) of ``genes``."""
-    if gene_symbols is not None:
-        validate.key_in(gene_symbols, list(other.var.columns), "gene_symbols", what="a column of var")
-    if other is table:
-        columns = np.arange(table.n_vars)
-    else:
-        names = symbols_in(other, gene_symbols)
+    names = symbols_in(other, gene_symbols)
+    columns = np.arange(table.n_vars)
+    if other is not table:
         columns, _ = match_names(names, table.var_names, table.var.get("ensembl_id", table.var_names))
     usable = (columns >= 0) & known[columns] & ~pd.Series(columns).duplicated().to_numpy()
     if not usable.any():
@@ -134,9 +131,9 @@ def genes_in_common(
     if genes is not None:
         if not len(genes):
             raise ValueError("`genes` is empty; name at least one gene, or use None for all")
-        names = list(dict.fromkeys(str(gene) for gene in genes))
-        wanted = columns_of(table, names, gene_symbols)
-        absent = [gene for gene, column in zip(names, wanted, strict=True) if column not in set(columns[usable])]
+        wanted_names = list(dict.fromkeys(str(gene) for gene in genes))
+        wanted = columns_of(table, wanted_names, gene_symbols)
+        absent = [gene for gene, column in zip(wanted_names, wanted, strict=True) if column not in set(columns[usable])]
         if absent:
             raise ValueError(
                 f"`genes` {absent[:5]} were not both predicted and measured; hg.get.genes lists the predicted genes"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -53,53 +52,40 @@ ALL_SECTIONS = "all sections"
 _BLOCK = 2**21
 
 
-@dataclass(frozen=True, eq=False)
-class Results:
-    """Values of each metric of each predictor, by section and pooled."""
-
-    by_section: dict[str, dict[str, np.ndarray]]  # [predictor][metric], (s, g) with one row per section
-    pooled: dict[str, dict[str, np.ndarray]]  # [predictor][metric], (g,)
+#: Values by predictor and metric: ``(s, g)`` with one row per section, or ``(g,)`` over all spots.
+Results = dict[str, dict[str, np.ndarray]]
 
 
 def compute_metrics(
     aligned: AlignedExpression, baselines: Mapping[str, Predictor | None], *, n_splits: int, seed: int
-) -> Results:
+) -> tuple[Results, Results]:
     """Compute the metrics of the model and the baselines in each section and over all spots."""
-    weights = aligned.weights
-    model = [_model(aligned, spots, weights[name], True, n_splits, seed) for name, spots in aligned.sections.items()]
-    by_section = {aligned.predictor: {metric: np.stack([part[metric] for part in model]) for metric in METRICS}}
-    pooled = {aligned.predictor: model[0]}
+    model = [_model(aligned, section, n_splits, seed) for section in aligned.sections]
+    own = {metric: np.stack([part[metric] for part in model]) for metric in METRICS}
+    whole = model[0]
     if len(model) > 1:
-        all_spots = np.arange(len(aligned.rows))
-        pooled[aligned.predictor] = _model(aligned, all_spots, _pooled_weights(aligned), False, n_splits, seed)
-        pooled[aligned.predictor] |= {
-            metric: mean_of_sections(aligned, by_section[aligned.predictor][metric], None) for metric in _MAP_METRICS
-        }
+        whole = _model(aligned, None, n_splits, seed)
+        whole |= {metric: mean_of_sections(aligned, own[metric], None) for metric in _MAP_METRICS}
+    by_section, pooled = {aligned.predictor: own}, {aligned.predictor: whole}
     for name, predict in baselines.items():
         for results, scores in zip((by_section, pooled), _baseline(aligned, predict), strict=True):
-            own = results[aligned.predictor]
-            differences = {f"{metric}_difference": own[metric] - scores[metric] for metric in BASELINE_METRICS}
+            model_scores = results[aligned.predictor]
+            differences = {f"{metric}_difference": model_scores[metric] - scores[metric] for metric in BASELINE_METRICS}
             results[name] = scores | differences
-    return Results(by_section, pooled)
+    return by_section, pooled
 
 
-def _pooled_weights(aligned: AlignedExpression) -> scipy.sparse.csr_array:
-    """Return the neighbour weights of all spots, ``(n, n)``; neighbours are in the same section."""
-    whole = scipy.sparse.block_diag([*aligned.weights.values()], format="csr")
-    order = np.argsort(np.concatenate([*aligned.sections.values()]))
-    return scipy.sparse.csr_array(whole)[order][:, order]
-
-
-def _model(
-    aligned: AlignedExpression,
-    spots: np.ndarray,
-    weights: scipy.sparse.sparray,
-    is_section: bool,
-    n_splits: int,
-    seed: int,
-) -> dict[str, np.ndarray]:
-    """Compute every metric of the prediction at ``spots``; metrics of maps only if they are one section."""
-    n_genes = len(aligned.genes)
+def _model(aligned: AlignedExpression, section: str | None, n_splits: int, seed: int) -> dict[str, np.ndarray]:
+    """Compute every metric of the prediction in a section; ``None``: over all spots, without metrics of maps."""
+    if section is None:
+        spots = np.arange(len(aligned.rows))
+        # Neighbours are in the same section.
+        whole = scipy.sparse.block_diag([*aligned.weights.values()], format="csr")
+        order = np.argsort(np.concatenate([*aligned.sections.values()]))
+        weights = scipy.sparse.csr_array(whole)[order][:, order]
+    else:
+        spots, weights = aligned.sections[section], aligned.weights[section]
+    n_genes = len(aligned.columns)
     found = {metric: np.full(n_genes, np.nan) for metric in METRICS}
     low, chance = np.full(n_genes, np.nan), 0.0
     depth = aligned.depth
@@ -112,9 +98,9 @@ def _model(
             low[block], chance = ceiling_of_neighbours(m, weights, None if depth is None else depth[spots])
         if depth is not None:
             found["depth_correlation"][block] = pearson(m - p, np.broadcast_to(depth[spots][:, None], p.shape))
-        if is_section:
+        if section is not None:
             found["moran_measured"][block], found["moran_predicted"][block] = moran(m, weights), moran(p, weights)
-            found["ssim"][block] = ssim_on_grid(p, m, aligned.row[spots], aligned.column[spots])
+            found["ssim"][block] = ssim_on_grid(p, m, *aligned.array_positions[:, spots])
     if aligned.counts is not None:
         counts = take(aligned.counts, spots)
         high = noise_ceiling(counts, genes=aligned.count_columns, n_splits=n_splits, seed=seed)
@@ -151,20 +137,20 @@ def _baseline(
 
 
 def gene_tables(
-    aligned: AlignedExpression, results: Results, samples: Mapping[str, str] | None
+    aligned: AlignedExpression, by_section: Results, pooled: Results, samples: Mapping[str, str] | None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return tidy tables of the model and of the baselines, with one row per scope, section, predictor and gene."""
-    names, n = aligned.genes.astype(str), len(aligned.rows)
+    names, n = aligned.table.var_names[aligned.columns].astype(str), len(aligned.rows)
     genes = pd.Categorical(names, categories=pd.unique(names))
     model: list[pd.DataFrame] = []
     baselines: list[pd.DataFrame] = []
-    for predictor, values in results.by_section.items():
+    for predictor, values in by_section.items():
         scopes = [
             ("section", section, len(spots), {metric: v[i] for metric, v in values.items()})
             for i, (section, spots) in enumerate(aligned.sections.items())
         ]
         mean = {metric: mean_of_sections(aligned, v, samples) for metric, v in values.items()}
-        scopes += [("pooled", ALL_SECTIONS, n, results.pooled[predictor]), ("mean", ALL_SECTIONS, n, mean)]
+        scopes += [("pooled", ALL_SECTIONS, n, pooled[predictor]), ("mean", ALL_SECTIONS, n, mean)]
         for scope, section, n_spots, found in scopes:
             row = {"gene": genes, "scope": scope, "section": section, "predictor": predictor, "n_spots": n_spots}
             frame = pd.DataFrame(row | {metric: value.astype(np.float32) for metric, value in found.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ import pandas as pd
 
 from ..._core.logs import logger
 from ..._core.validate import format_list
+from ...image._geometry import MIN_PX
 from ...models._gene_table import is_identifier
-from .._gene_sets import membership, read_net, rename_targets, weights_by_set
-from .arguments import check_features
+from .._gene_sets import membership, read_net, select_sets
 from .measured import MeasuredSection, join
-from .names import check_two_classes, class_of, colours_of
+from .names import PALETTE, check_two_classes, class_of
 from .options import Plan
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ _SYMMETRIES = ((0, False),)
 _COLOUR_SHARE = 0.25
 #: The same for the annotation head, without and with recoloured copies.
 _ANNOTATION_COLOUR_SHARE, _RECOLOURED_SHARE = 2.0, 10.0
+#: SD of a feature, as a share of its largest value, below which all spots are the same.
+_MIN_SD = 1e-6
 #: Spots per batch when patches are cut.
 _BATCH = 64
 
@@ -63,18 +65,31 @@ def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
     check_sums(len(weights))
     sha256 = encoder_sha256(network)
     engine = (recipe.batch_size, plan.device, resolve_dtype(recipe.dtype, plan.device), plan.show_progress)
+    how = (extractor, sha256, plan.windows_um, plan.cache, engine)
     kept: list[MeasuredSection] = []
     features: list[np.ndarray] = []
 
-    def encode(section: MeasuredSection, recolouring: Recolouring | None = None) -> np.ndarray:
-        how = extractor, sha256, plan.windows_um, plan.cache, engine
-        return encode_section(section, *how, recolouring=recolouring)
+    def encode() -> Iterator[tuple[np.ndarray, ...]]:
+        """Keep each section and its features, and yield those of its recoloured copies."""
+        for section in read:
+            check_window_pixels(section, plan.windows_um)
+            features.append(encode_section(section, *how))
+            check_features(section.name, features[-1])
+            has_class = any(class_of(label, plan.classes) is not None for label in set(section.labels))
+            copies = []
+            for number in range(recipe.n_recoloured if has_class else 0):
+                copy = encode_section(section, *how, recolouring=recolouring_of(section.name, number))
+                check_features(f"{section.name}, recoloured", copy)
+                copies.append(np.ascontiguousarray(copy[:, 0]))
+            yield tuple(copies)
+            kept.append(section.release())
+            del section
 
     # Each memory map keeps a file open, so all copies share one.
-    copies = spill(_encode_sections(read, encode, plan, recipe.n_recoloured, kept, features))
+    copies = spill(encode())
     sections, genes, classes = join(kept, features, plan.genes, plan.classes)
     sections = [replace(section, recoloured=found) for section, found in zip(sections, copies, strict=True)]
-    del kept, features, copies
+    kept.clear()
     metadata = replace(
         describe(len(sections), genes, classes, plan),
         encoder_sha256=sha256,
@@ -93,26 +108,27 @@ def train_default(read: Iterator[MeasuredSection], plan: Plan) -> HE2Gene:
     )
 
 
-def _encode_sections(
-    read: Iterator[MeasuredSection],
-    encode: Callable[..., np.ndarray],
-    plan: Plan,
-    n_recoloured: int,
-    kept: list[MeasuredSection],
-    features: list[np.ndarray],
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Encode each section and its copies: yield the features of the copies, and append the section and its own to the lists."""
-    for section in read:
-        features.append(encode(section))
-        check_features(section.name, features[-1])
-        has_class = any(class_of(label, plan.classes) is not None for label in set(section.labels))
-        copies = []
-        for number in range(n_recoloured if has_class else 0):
-            copies.append(np.ascontiguousarray(encode(section, recolouring_of(section.name, number))[:, 0]))
-            check_features(f"{section.name}, recoloured", copies[-1][:, None])
-        yield tuple(copies)
-        kept.append(section.release())
-        del section
+def check_features(name: str, features: np.ndarray) -> None:
+    """Raise if all spots of an image have the same features."""
+    x = np.asarray(features[:, 0], np.float64)
+    if not np.isfinite(x).all():
+        raise ValueError(f"`encoder` gives NaN or infinite features in section {name!r}")
+    if (x.std(axis=0) <= _MIN_SD * np.abs(x).max(initial=1)).all():
+        raise ValueError(
+            f"`sdatas`: all spots of section {name!r} have the same encoder features; the image may be blank or belong to another "
+            "section. Correct the image or leave the section out"
+        )
+
+
+def check_window_pixels(section: MeasuredSection, windows_um: Sequence[float]) -> None:
+    """Raise if pixels are too coarse for the smallest window."""
+    pixels = min(windows_um) / section.mpp
+    if pixels < MIN_PX:
+        raise ValueError(
+            f"`windows_um`: a window of {min(windows_um):g} µm is {pixels:.3g} px in section {section.name!r} "
+            f"({section.mpp:.4g} µm/px), but at least {MIN_PX} px ({MIN_PX * section.mpp:.3g} µm) are needed. "
+            "Pass wider windows: preset=hg.DefaultRecipe(windows_um=...)"
+        )
 
 
 def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: Plan) -> ModelMetadata:
@@ -122,9 +138,11 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
     card = plan.card
     return ModelMetadata(
         genes=genes,
-        ensembl_ids=tuple(_ensembl_id(gene, plan.ids) for gene in genes),
+        ensembl_ids=tuple(
+            gene if gene.startswith("ENSG") and is_identifier(gene) else plan.ids.get(gene, "") for gene in genes
+        ),
         classes=classes,
-        class_colors=colours_of(classes, plan.classes.colors),
+        class_colors=tuple(plan.classes.colors.get(name, PALETTE[i % len(PALETTE)]) for i, name in enumerate(classes)),
         encoder=plan.spec,
         windows_um=plan.windows_um,
         name=plan.name,
@@ -136,10 +154,6 @@ def describe(n_sections: int, genes: pd.Index, classes: tuple[str, ...], plan: P
     )
 
 
-def _ensembl_id(gene: str, ids: Mapping[str, str]) -> str:
-    return gene if gene.startswith("ENSG") and is_identifier(gene) else ids.get(gene, "")
-
-
 def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
     """Gene sets with enough genes in the model."""
     if named is None:
@@ -147,13 +161,8 @@ def programmes_of(named: Any, genes: pd.Index) -> Programmes | None:
     from ...training import Programmes
     from ...training._programmes import MIN_GENES
 
-    net = read_net(named)
-    net = rename_targets(net, genes)
-    weights = weights_by_set(net[net["target"].isin(genes)])
-    sets = {name: weights[name] for name in named if MIN_GENES <= len(weights.get(name, ())) < len(genes)}
-    if left_out := [
-        f"{name} ({len(weights.get(name, ()))} of {len(named[name])})" for name in named if name not in sets
-    ]:
+    sets, sizes = select_sets(read_net(named), genes, MIN_GENES)
+    if left_out := [f"{name} ({sizes.get(name, 0)} of {len(named[name])})" for name in named if name not in sets]:
         logger.warning(
             "programmes: sets with fewer than %d genes in the model are left out: %s", MIN_GENES, format_list(left_out)
         )
@@ -229,6 +238,7 @@ def train_by_gradient(sections: Iterator[MeasuredSection], plan: Plan) -> HE2Gen
     patches.touch()
     counted: Counter[str] = Counter()
     for section in sections:
+        check_window_pixels(section, plan.windows_um)
         if preset.exact:
             check_two_classes(section.labels, plan.classes, counted)
         _cut_patches(section, preset.train_window_um, spec.input_px, spec.interpolation, patches)

@@ -72,7 +72,17 @@ def read_sections(
 
     ``checked``: it was read before, so warnings are not repeated. Without ``pixels``, the image is not identified.
     """
-    slides, table, genes, matrix = _open(sdata, keys, symbols)
+    with use_mpp_hint("pass keys=hg.SectionKeys(mpp={mpp})"):
+        slides = resolve(sdata, **keys.elements.places)
+    if slides[0].table_key is None:
+        raise ValueError("`sdatas`: a section has no table; training needs measured counts")
+    table = sdata[slides[0].table_key]
+    columns = {"annotation_key": keys.annotation, "sample_key": keys.sample, "section_key": keys.section}
+    for parameter, key in columns.items():
+        if key is not None:
+            column_of(table, key, parameter, _COLUMN_HINTS[parameter])
+    genes = gene_names(table, keys.elements.gene_symbols, symbols)
+    matrix = _matrix(table, keys.elements.layer)
     for slide in slides:
         if not checked:
             check_placement(sdata, slide)
@@ -101,30 +111,14 @@ def read_sections(
         yield MeasuredSection(name, patient, slide.mpp, slide, centres, genes, counts, labels, image)
 
 
-def _open(
-    sdata: SpatialData, keys: TrainingKeys, symbols: Mapping[str, str]
-) -> tuple[tuple[Slide, ...], AnnData, pd.Index, scipy.sparse.csr_array]:
-    """Slides, table, gene names and counts of one object."""
-    with use_mpp_hint("pass keys=hg.SectionKeys(mpp={mpp})"):
-        slides = resolve(sdata, **keys.elements.places)
-    if slides[0].table_key is None:
-        raise ValueError("`sdatas`: a section has no table; training needs measured counts")
-    table = sdata[slides[0].table_key]
-    for parameter, key in (
-        ("annotation_key", keys.annotation),
-        ("sample_key", keys.sample),
-        ("section_key", keys.section),
-    ):
-        if key is not None:
-            column_of(table, key, parameter, _COLUMN_HINTS[parameter])
-    return slides, table, gene_names(table, keys.elements.gene_symbols, symbols), _matrix(table, keys.elements.layer)
-
-
 def _section_and_patient(table: AnnData, rows: np.ndarray, slide: Slide, keys: TrainingKeys) -> tuple[str, str]:
     """Section and patient of the spots; raise unless there is exactly one of each."""
     found = []
-    for parameter, key in (("section_key", keys.section), ("sample_key", keys.sample)):
-        names = (clean_samples if parameter == "sample_key" else clean_names)(table.obs[key].iloc[rows])
+    for parameter, key, clean in (
+        ("section_key", keys.section, clean_names),
+        ("sample_key", keys.sample, clean_samples),
+    ):
+        names = clean(table.obs[key].iloc[rows])
         values = set(names)
         if None in values:
             first = table.obs_names[rows[pd.isna(names)]][:3].tolist()

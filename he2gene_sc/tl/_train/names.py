@@ -130,7 +130,8 @@ def check_gene_lists(lists: Mapping[str, pd.Index], chosen: GeneSelection) -> pd
 
 
 _MIN_CLASS = 5
-_COLOURS = (
+#: Colours of classes without a given one.
+PALETTE = (
     "#d62728",
     "#ff9896",
     "#9467bd",
@@ -198,8 +199,3 @@ def check_two_classes(part: np.ndarray, chosen: Classes, counted: Counter[str]) 
             "them with classes=hg.Classes(merge=...) (label to class, None leaves a label out), or drop exact=True of "
             "hg.PaperRecipe"
         )
-
-
-def colours_of(classes: tuple[str, ...], given: Mapping[str, str]) -> tuple[str, ...]:
-    """Colour of each class: the given one, else one of a palette."""
-    return tuple(given.get(name, _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(classes))

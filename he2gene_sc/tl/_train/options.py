@@ -102,8 +102,7 @@ class GeneSelection(validate.Checked):
         names = None if self.genes is None else validate.names(self.genes, "genes", least=1)
         validate.whole_number(self.n_target_genes, "n_target_genes")
         validate.in_range(self.min_spot_share, "min_spot_share", least=0, below=1, what="a share")
-        _check_mapping(self.ensembl_ids, "ensembl_ids")
-        check_identifiers(dict(self.ensembl_ids if self.ensembl_ids is not None else {}))
+        check_identifiers(_as_dict(self.ensembl_ids, "ensembl_ids"))
         sets = self.programmes
         if sets is not None:
             try:
@@ -137,19 +136,26 @@ class Classes(validate.Checked):
     colors: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_mapping(self.merge, "classes")
-        _check_mapping(self.colors, "colors")
-        merge = dict(self.merge if self.merge is not None else {})
+        merge = _as_dict(self.merge, "classes")
         wrong = {label: name for label, name in merge.items() if not (name is None or isinstance(name, str))}
         if wrong:
             raise ValueError(
                 f"`classes` maps labels to {wrong}; a class must be a name, or None to leave the label out"
             )
+        colors = _as_dict(self.colors, "colors")
+        if colors:
+            from matplotlib.colors import is_color_like, to_hex
+
+            if not_colours := {name: colour for name, colour in colors.items() if not is_color_like(colour)}:
+                raise ValueError(
+                    f"`colors` has {not_colours}, which are not colours; pass for example 'red' or '#d62728'"
+                )
+            colors = {name: to_hex(colour) for name, colour in colors.items()}
         ignored = [clean_name(name) for name in validate.names(self.ignore, "ignore")]
         self.set(
             merge={clean_name(label): name for label, name in merge.items()},
             ignore=tuple(name for name in ignored if name is not None),
-            colors=_hex_colours(dict(self.colors if self.colors is not None else {})),
+            colors=colors,
         )
 
 
@@ -216,21 +222,10 @@ class Plan:
     cache: Path  # folder for features
 
 
-def _check_mapping(value: object, parameter: str) -> None:
+def _as_dict(value: Any, parameter: str) -> dict[Any, Any]:
     if value is not None and not isinstance(value, Mapping | pd.Series):
         raise ValueError(f"`{parameter}` is of type {type(value).__name__}; pass a mapping or None")
-
-
-def _hex_colours(given: Mapping[str, str]) -> dict[str, str]:
-    """Convert matplotlib colours to ``#rrggbb``."""
-    if not given:
-        return {}
-    from matplotlib.colors import is_color_like, to_hex
-
-    wrong = {name: colour for name, colour in given.items() if not is_color_like(colour)}
-    if wrong:
-        raise ValueError(f"`colors` has {wrong}, which are not colours; pass for example 'red' or '#d62728'")
-    return {name: to_hex(colour) for name, colour in given.items()}
+    return {} if value is None else dict(value)
 
 
 PRESETS = ("default", "he2gene-base", "he2gene-spat")
@@ -288,14 +283,10 @@ class DefaultRecipe(validate.Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        listed = isinstance(self.stages, list | tuple) and len(self.stages) > 0
-        if not (
-            self.stages is None
-            or self.stages == "auto"
-            or (listed and all(validate.is_whole(stage) and stage >= 0 for stage in self.stages))
-        ):
-            raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
-        if isinstance(self.stages, list | tuple):
+        if self.stages is not None and self.stages != "auto":
+            listed = isinstance(self.stages, list | tuple) and len(self.stages) > 0
+            if not listed or not all(validate.is_whole(stage) and stage >= 0 for stage in self.stages):
+                raise ValueError(f"`stages` is {self.stages!r}; pass a list of positions from 0, 'auto' or None")
             validate.all_different(self.stages, "stages", "positions")
             # In the order of the network, in which the maps are computed.
             self.set(stages=tuple(sorted(map(int, self.stages))))
@@ -382,10 +373,3 @@ class PaperRecipe(RunOptions):
     def windows(self, spec: EncoderSpec) -> tuple[tuple[float, ...], None]:
         """Windows at inference; without tiles."""
         return self.preset().windows_um, None
-
-
-def recipe_of(preset: Any) -> DefaultRecipe | PaperRecipe:
-    """Recipe of a preset, which may be given by name."""
-    if isinstance(preset, DefaultRecipe | PaperRecipe):
-        return preset
-    return DefaultRecipe() if validate.one_of(preset, PRESETS, "preset") == "default" else PaperRecipe(preset)

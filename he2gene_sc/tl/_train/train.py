@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import gc
+import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
+
 from ..._core import validate
 from ..._core.logs import logger
+from ..._core.names import check_spelling
 from ..._settings import settings
-from .arguments import check_window_pixels, identifiers, read_all
-from .names import current_names
+from .measured import MIN_SPOTS, MeasuredSection, read_sections
+from .names import check_gene_lists, check_labels, check_merged, current_names
 from .options import (
     MIN_SPOT_SHARE,
+    PRESETS,
     CardText,
     Classes,
     DefaultRecipe,
@@ -24,7 +29,6 @@ from .options import (
     Plan,
     SectionKeys,
     TrainingKeys,
-    recipe_of,
 )
 
 if TYPE_CHECKING:
@@ -131,13 +135,17 @@ def train(
     >>> hg.tl.predict(sections[0], model=model, show_progress_bar=False)
     """
     validate.arguments(train, locals())
+    from ..._core.genes import symbol_to_ensembl
     from ...inference import resolve_device
     from ...models import load_encoder
     from ...models._encoders.local import local_path
     from ...models._encoders.scale import describe_tiles, warn_of_scale
     from .fit import train_by_gradient, train_default
 
-    recipe = recipe_of(preset)
+    recipe = preset
+    if not isinstance(recipe, DefaultRecipe | PaperRecipe):
+        validate.one_of(recipe, PRESETS, "preset")
+        recipe = DefaultRecipe() if recipe == "default" else PaperRecipe(recipe)
     keys = SectionKeys() if keys is None else keys
     validate.instance(keys, SectionKeys, "keys", "hg.SectionKeys(...)")
     genes = genes if isinstance(genes, GeneSelection) else GeneSelection(genes=genes)
@@ -165,12 +173,13 @@ def train(
     warn_of_scale(spec, windows_um, tiles)
     # A network or folder cannot be loaded again by name.
     named = isinstance(encoder, str) and local_path(encoder) is None
-    ids, symbols = identifiers(genes.ensembl_ids)
+    ids = dict(symbol_to_ensembl() if genes.ensembl_ids is None else genes.ensembl_ids)
+    counted = pd.Series(list(ids.values()), dtype=object).value_counts()
+    symbols = {ensembl: symbol for symbol, ensembl in ids.items() if counted[ensembl] == 1}  # without ambiguous ids
     if genes.genes is not None:
         genes = replace(genes, genes=current_names(genes.genes, symbols))
     columns = TrainingKeys(annotation_key, sample_key, section_key, keys)
-    with contextlib.ExitStack() as stack:
-        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="he2gene-")))
+    with tempfile.TemporaryDirectory(prefix="he2gene-") as work:
         plan = Plan(
             recipe=recipe,
             windows_um=windows_um,
@@ -187,10 +196,10 @@ def train(
             seed=seed,
             device=device,
             show_progress=settings.show_progress_bar if show_progress_bar is None else show_progress_bar,
-            work=work,
-            cache=work if folder is None else folder,
+            work=Path(work),
+            cache=Path(work) if folder is None else folder,
         )
-        sections = check_window_pixels(read_all(sdatas, columns, symbols, genes, classes), windows_um)
+        sections = read_all(sdatas, columns, symbols, genes, classes)
         model = (train_by_gradient if isinstance(recipe, PaperRecipe) else train_default)(sections, plan)
     if named:
         return replace(model, allow_encoder_source=True)
@@ -212,3 +221,100 @@ def _check_paper(recipe: PaperRecipe, genes: GeneSelection, cache: object) -> No
             f"`min_spot_share` is {genes.min_spot_share!r}, but `exact` sets it (0: all genes are learned); drop one of them"
         )
     recipe.check_folder("*/last.ckpt" if recipe.cross_validate else "last.ckpt")
+
+
+def read_all(
+    sdatas: SpatialData | Iterable[SpatialData],
+    keys: TrainingKeys,
+    symbols: Mapping[str, str],
+    chosen: GeneSelection,
+    classes: Classes,
+) -> Iterator[MeasuredSection]:
+    """Read the sections one by one without keeping them; a list or tuple is checked first."""
+    if isinstance(sdatas, str | Path | Mapping):
+        raise ValueError(
+            f"`sdatas` is a {type(sdatas).__name__}; pass SpatialData objects: spatialdata.read_zarr(path), or list(d.values())"
+        )
+    if not isinstance(sdatas, Iterable):
+        sdatas = [sdatas]
+    # Other sequences may load a section with its image on each access.
+    checked = isinstance(sdatas, list | tuple)
+    if checked:
+        # Check all sections together, before pixels of any are read.
+        lists: dict[str, pd.Index] = {}
+        labels: set[str] = set()
+        for section in _read(sdatas, keys, symbols, classes, pixels=False):
+            lists[section.name] = section.genes
+            labels.update(label for label in section.labels if label is not None)
+        check_gene_lists(lists, chosen)
+        check_merged(labels, classes.merge)
+        del lists, section
+    yield from _read(sdatas, keys, symbols, classes, checked=checked)
+
+
+def _read(
+    sdatas: Iterable[SpatialData],
+    keys: TrainingKeys,
+    symbols: Mapping[str, str],
+    classes: Classes,
+    *,
+    checked: bool = False,
+    pixels: bool = True,
+) -> Iterator[MeasuredSection]:
+    """Yield the sections with enough spots; raise if their names do not fit together. See :func:`read_sections`."""
+    from ...training._folds import N_BLOCKS
+
+    n = spots = 0
+    objects: dict[str, int] = {}  # of each section
+    patients: dict[str, str] = {}  # of each section
+    labels: set[str] = set()
+    counted: dict[str, str] = {}
+    for sdata in sdatas:
+        try:
+            for section in read_sections(sdata, keys, symbols, checked=checked, pixels=pixels):
+                spots = max(spots, len(section.centres))
+                if len(section.centres) < MIN_SPOTS:
+                    if not checked:
+                        logger.warning(
+                            "section %s is left out: it has %d spots, but at least %d are needed to measure how well a gene is "
+                            "predicted",
+                            *(section.name, len(section.centres), MIN_SPOTS),
+                        )
+                    continue
+                if section.name in objects:
+                    raise ValueError(
+                        f"`section_key`: two sections are named {section.name!r}, also in object {objects[section.name] + 1}; give "
+                        "each section a unique name, also across patients"
+                    )
+                objects[section.name], patients[section.name] = n, section.patient
+                by_section = {f"section {name!r}": [patient] for name, patient in patients.items()}
+                check_spelling({"": [*patients]}, "section_key", keys.section, what="sections")
+                check_spelling(by_section, "sample_key", keys.sample, what="patients")
+                labels.update(label for label in section.labels if label is not None)
+                check_labels(labels, classes)
+                digest = hashlib.blake2b(section.counts.data.tobytes())
+                digest.update(section.counts.indices.tobytes())
+                same = counted.setdefault(digest.hexdigest(), section.name)
+                if same != section.name and not checked:
+                    logger.warning(
+                        "sections %s and %s have the same counts: one may be in training while the other is held out, so held-out "
+                        "metrics are too good; give the section once",
+                        *(same, section.name),
+                    )
+                yield section
+        except (ValueError, TypeError) as error:
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(f"{error} (object {n + 1} of `sdatas`)") from error
+        del sdata, section
+        # SpatialData objects contain reference cycles: free the image before the next one is decoded.
+        gc.collect()
+        n += 1
+    if not patients:
+        what = f"has no section of {MIN_SPOTS} spots" if n else "is empty"
+        raise ValueError(f"`sdatas` {what}; at least one section is needed")
+    if len(patients) == 1 and spots < N_BLOCKS:
+        raise ValueError(
+            f"`sdatas` is one section with {spots} spots; at least {N_BLOCKS} are needed to hold out parts of it"
+        )
+    if keys.annotation is not None and not labels and not checked:
+        logger.warning("`annotation_key`: no spot has a label in %r; the annotation head is skipped", keys.annotation)
