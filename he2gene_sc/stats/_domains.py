@@ -7,27 +7,22 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from sklearn import metrics
 
+from ._spatial_metrics import pitch_of
+
 #: Largest number of spots in :func:`silhouette`.
 MAX_SILHOUETTE = 10_000
 
 
 def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """Agreement of clusters with domains (scikit-learn): ``ari, nmi, ami, homogeneity, completeness``.
-
-    Examples
-    --------
-    >>> from he2gene_sc.stats import agreement
-    >>> agreement([0, 0, 1, 1], [1, 1, 0, 0])["ari"]
-    1.0
-    """
-    homogeneity, completeness, _ = metrics.homogeneity_completeness_v_measure(domains, clusters)
-    return {
-        "ari": float(metrics.adjusted_rand_score(domains, clusters)),
-        "nmi": float(metrics.normalized_mutual_info_score(domains, clusters)),
-        "ami": float(metrics.adjusted_mutual_info_score(domains, clusters)),
-        "homogeneity": float(homogeneity),
-        "completeness": float(completeness),
+    """Agreement of clusters with domains (scikit-learn): ``ari, nmi, ami, homogeneity, completeness``."""
+    scores = {
+        "ari": metrics.adjusted_rand_score,
+        "nmi": metrics.normalized_mutual_info_score,
+        "ami": metrics.adjusted_mutual_info_score,
+        "homogeneity": metrics.homogeneity_score,
+        "completeness": metrics.completeness_score,
     }
+    return {name: float(score(domains, clusters)) for name, score in scores.items()}
 
 
 def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
@@ -38,10 +33,8 @@ def silhouette(features: np.ndarray, domains: np.ndarray) -> float:
     if len(domains) > MAX_SILHOUETTE:
         some = np.random.default_rng(0).choice(len(domains), MAX_SILHOUETTE, replace=False)
         features, domains = features[some], np.asarray(domains)[some]
-    n_labels = len(np.unique(domains))
-    if not 2 <= n_labels < len(domains):
-        return float("nan")
-    return float(metrics.silhouette_score(features, domains))
+    defined = 2 <= len(np.unique(domains)) < len(domains)
+    return float(metrics.silhouette_score(features, domains)) if defined else float("nan")
 
 
 def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
@@ -52,11 +45,9 @@ def chaos(xy: np.ndarray, labels: np.ndarray) -> float:
     out.
     """
     xy, labels = np.asarray(xy, float), np.asarray(labels)
-    pitch = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
-    lengths = [
-        cKDTree(own).query(own, k=2)[0][:, 1] for label in np.unique(labels) if len(own := xy[labels == label]) > 1
-    ]
-    return float(np.concatenate(lengths).mean() / pitch) if lengths else float("nan")
+    parts = [xy[labels == label] for label in np.unique(labels)]
+    lengths = [cKDTree(part).query(part, k=2)[0][:, 1] for part in parts if len(part) > 1]
+    return float(np.concatenate(lengths).mean() / pitch_of(xy)) if lengths else float("nan")
 
 
 def pas(xy: np.ndarray, labels: np.ndarray, k: int = 10) -> float:
@@ -74,20 +65,13 @@ def match(domains: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Match clusters to domains one to one so that the largest number of spots agree (Hungarian method).
 
     Clusters without a domain get -1.
-
-    Examples
-    --------
-    >>> from he2gene_sc.stats import match
-    >>> match([0, 0, 1, 1, 1], [1, 1, 0, 0, 2]).tolist()
-    [1, 0, -1]
     """
     domains, clusters = np.asarray(domains), np.asarray(clusters)
     table = np.zeros((clusters.max() + 1, domains.max() + 1), int)
     np.add.at(table, (clusters, domains), 1)
     matched = np.full(len(table), -1)
-    for cluster, domain in zip(*linear_sum_assignment(table, maximize=True), strict=True):
-        if table[cluster, domain]:
-            matched[cluster] = domain
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    matched[rows] = np.where(table[rows, columns] > 0, columns, -1)
     return matched
 
 

@@ -53,16 +53,6 @@ def spatial_test(
     sections, not about other patients. The ``check_top`` genes with the smallest p-values are checked by ``n_perms`` Moran
     spectral randomisations (Wagner & Dray 2015, triplets); if this p-value is above 0.05, the larger one is reported. The effect is
     at equal ``covariates`` ``(n, c)``.
-
-    Examples
-    --------
-    >>> import he2gene_sc as hg
-    >>> from he2gene_sc.stats import log_normalise, spatial_test
-    >>> table = hg.datasets.toy()["table"]
-    >>> left = table.obsm["spatial"][:, 0] < table.obsm["spatial"][:, 0].mean()
-    >>> test = spatial_test(log_normalise(table.X), left, table.obsm["spatial"])
-    >>> test.pvalues.shape == (table.n_vars,)
-    True
     """
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _check_arguments(values, group, xy, sections, level, check_top, n_perms)
@@ -71,7 +61,7 @@ def spatial_test(
     # Threads do not speed up small matrices, and on a busy machine they wait for each other for minutes.
     with threadpool_limits(1, user_api="blas"):
         blocks = make_blocks(xy, codes, group)
-        moments = Moments.from_values(values, group, codes, blocks, design)
+        moments = Moments(values, group, blocks, design)
         variance, spread, total = covariance_of(moments, blocks, owners)
         # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
         df = np.minimum(4 + 2 / spread, moments.n_free)
@@ -159,8 +149,7 @@ def _make_design(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | 
         np.ndim(covariates) != 2 or len(covariates) != n or not np.isfinite(covariates).all()
     ):
         raise ValueError(f"`covariates` must be ({n}, c) finite numbers, found shape {np.shape(covariates)}")
-    design = Design.from_groups(group, codes, covariates)
-    plain = Design.from_groups(group, codes).label
+    design, plain = Design(group, codes, covariates), Design(group, codes).label
     if design.label @ design.label < 1e-6 * (plain @ plain):
         raise ValueError(
             "`covariates` (or the depth of the spots) separate the group from the reference completely; leave them out (depth=None)"
