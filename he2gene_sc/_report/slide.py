@@ -53,8 +53,7 @@ class Slide:
 
     def genes_by_reliability(self, reliable: bool) -> list[str]:
         """Return the predicted genes that are reliable, or those that are not, best first."""
-        options = {key: value for key, value in self.options.items() if key != "shapes_key"}
-        return get.genes(self.data, reliable=reliable, **options)
+        return get.genes(self.table, reliable=reliable, prediction_key=self.keys.uns)
 
     def genes_call(self, reliable: bool) -> str:
         """Return the call that lists the genes of :meth:`genes_by_reliability`."""

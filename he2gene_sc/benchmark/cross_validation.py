@@ -132,7 +132,9 @@ def run(
         read, sections, genes = _read(source, cache, device)
         for unit, parts in folds.items():
             for train, test in parts:
-                fold = _Fold(unit, *([sections[name] for name in part] for part in (train, test)), genes, n_target)
+                fold = _Fold(
+                    unit, [sections[name] for name in train], [sections[name] for name in test], genes, n_target
+                )
                 predictors = _baselines(fold)
                 for name in models:
                     own = (options or {}).get(name, {})

@@ -253,7 +253,8 @@ def predicted(
     values = np.asarray(dense(chosen), np.float32)
     rows, kept = _complete(values, layer_label(source))
     obs, var = _with_plain_texts(table.obs.iloc[rows]), _with_plain_texts(table.var.iloc[columns[kept]])
-    uns: dict[str, Any] = {keys.uns: {name: _with_plain_texts(value) for name, value in deepcopy(dict(record)).items()}}
+    own_record = {name: _with_plain_texts(value) for name, value in deepcopy(dict(record)).items()}
+    uns: dict[str, Any] = {keys.uns: own_record}
     for name in obs.columns[[column.dtype.name == "category" for _, column in obs.items()]]:
         before = obs[name].cat.categories
         obs[name] = obs[name].cat.remove_unused_categories()

@@ -38,7 +38,17 @@ from ._counts import (
     library_factors,
     variance_components,
 )
-from ._domains import agreement, chaos, enrichment_agreement, match, pas, silhouette
+from ._domains import (
+    MIN_OVERLAP,
+    admissible_shifts,
+    agreement,
+    chaos,
+    enrichment_agreement,
+    match,
+    pas,
+    shift_test,
+    silhouette,
+)
 from ._pseudobulk import (
     SampleTest,
     depth_followed,
@@ -51,7 +61,6 @@ from ._pseudobulk import (
 )
 from ._sample_models import MIN_PVALUES, mixed_model, prediction_powered_mean
 from ._set_scores import SetScores, set_ceiling
-from ._shift_test import MIN_OVERLAP, admissible_shifts, shift_test
 from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, pitch_of, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 

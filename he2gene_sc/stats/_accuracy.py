@@ -19,7 +19,10 @@ N_BINS = 10
 
 def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
     """Natural log of (1 + counts per 10,000) of each spot, ``(n, g)`` float32; a spot without counts is 0."""
-    dense = counts.toarray() if scipy.sparse.issparse(counts) else np.asarray(counts)
+    if isinstance(counts, np.ndarray) or not scipy.sparse.issparse(counts):
+        dense = np.asarray(counts)
+    else:
+        dense = counts.toarray()
     total = dense.sum(axis=1, keepdims=True, dtype=np.float64)
     return np.log1p(TARGET_SUM * dense / np.where(total > 0, total, 1)).astype(np.float32)
 

@@ -186,16 +186,13 @@ def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVE
     ``⌊(n + 1) q⌋``-th (split conformal prediction; Lei et al., JASA 2018).
     """
     levels = np.asarray(levels, float)
-    ordered = np.sort(residuals, axis=0)
     n = np.isfinite(residuals).sum(0)
-    ordered = np.where(np.isnan(ordered), np.inf, ordered)
-    bounded = np.concatenate([np.full((1, ordered.shape[1]), -np.inf), ordered, np.full((1, ordered.shape[1]), np.inf)])
+    ordered = np.sort(np.where(np.isnan(residuals), np.inf, residuals), axis=0)
+    bounded = np.pad(ordered, ((1, 1), (0, 0)), constant_values=((-np.inf, np.inf), (0, 0)))
     at = (n + 1) * levels[:, None]
     # Rounding errors must not change a rank.
-    rank = np.where(levels[:, None] > 0.5, np.ceil(at - 1e-9), np.floor(at + 1e-9)).astype(int)
-    found = np.take_along_axis(bounded, np.clip(rank, 0, n + 1), axis=0)
-    middle = np.take_along_axis(bounded, np.clip(np.ceil(at - 1e-9).astype(int), 0, n + 1), axis=0)
-    half = levels == 0.5
+    ranks = np.floor(at + 1e-9), np.ceil(at - 1e-9)
+    low, high = (np.take_along_axis(bounded, np.clip(rank.astype(int), 0, n + 1), axis=0) for rank in ranks)
     with np.errstate(invalid="ignore"):
-        found[half] = (found[half] + middle[half]) / 2
+        found = np.where(levels[:, None] == 0.5, (low + high) / 2, np.where(levels[:, None] > 0.5, high, low))
     return np.where(n > 0, found, np.nan).astype(np.float32)

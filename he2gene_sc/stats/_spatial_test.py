@@ -66,12 +66,15 @@ def spatial_test(
         # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
         df = np.minimum(4 + 2 / spread, moments.n_free)
         error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
-        result = SpatialTest(
-            **t_test(moments.effect, error, df, level).__dict__,
-            n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
-            pvalues_check=np.full(values.shape[1], np.nan),
-        )
-        return _randomise_top(result, values, design, moments, blocks, check_top, n_perms, seed)
+        test = t_test(moments.effect, error, df, level)
+        n_effective = np.minimum(1 + total / (variance * moments.size), len(values))
+        checked = np.full(values.shape[1], np.nan)
+        top = np.argsort(test.pvalues, kind="stable")[:check_top]
+        top = top[np.isfinite(test.pvalues[top])]
+        if len(top):
+            checked[top] = _randomise(values[:, top], design, moments, blocks, n_perms, seed)
+    pvalues = np.where(checked > _CHECK_LEVEL, np.maximum(test.pvalues, checked), test.pvalues)
+    return SpatialTest(**vars(replace(test, pvalues=pvalues)), n_effective=n_effective, pvalues_check=checked)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,28 +96,17 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     return scores, 2 * stats.norm.sf(np.abs(scores))
 
 
-def _randomise_top(
-    result: SpatialTest,
-    values: np.ndarray,
-    design: Design,
-    moments: Moments,
-    blocks: Blocks,
-    check_top: int,
-    n_perms: int,
-    seed: int,
-) -> SpatialTest:
-    """Randomise the top genes within triplets of Moran eigenvectors; raise p-values that are not confirmed."""
-    genes = np.argsort(result.pvalues, kind="stable")[:check_top]
-    genes = genes[np.isfinite(result.pvalues[genes])]
-    if not len(genes):
-        return result
+def _randomise(
+    values: np.ndarray, design: Design, moments: Moments, blocks: Blocks, n_perms: int, seed: int
+) -> np.ndarray:
+    """P-values ``(g,)`` of values ``(n, g)`` by randomisation within triplets of Moran eigenvectors."""
     sections = moments.sections
     centring = np.eye(len(sections)) - sections @ sections.T
     vectors = np.linalg.eigh(centring @ next(correlations(blocks)) @ centring)[1][:, ::-1]
     # the last ones are the section means
     vectors = vectors[:, : vectors.shape[1] - sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
-    chosen = blocks.project(design.residuals(values[:, genes].astype(np.float64)))
+    chosen = blocks.project(design.residuals(values.astype(np.float64)))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))
     power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ chosen).T], axis=1)
     # a random rotation of a triplet preserves its energy and draws the cosine of its angle with the triplet of the label
@@ -124,11 +116,7 @@ def _randomise_top(
     cosine = directions[:, :, 0] / np.linalg.norm(directions, axis=2)
     drawn = np.abs(cosine @ np.sqrt(share[:, None] * power))
     observed = np.abs(moments.label @ chosen)
-    checked = (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
-    pvalues, pvalues_check = result.pvalues.copy(), result.pvalues_check.copy()
-    pvalues_check[genes] = checked
-    pvalues[genes] = np.where(checked > _CHECK_LEVEL, np.maximum(pvalues[genes], checked), pvalues[genes])
-    return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
+    return (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
 
 
 def _sample_codes(codes: np.ndarray, samples: np.ndarray) -> np.ndarray:
