@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +62,14 @@ class Section:
         Image.open(raw).convert("RGB").quantize(_COLOURS).save(png, "PNG", optimize=True)
         self.figures.append({"png": base64.b64encode(png.getvalue()).decode(), "caption": caption})
 
-    def list_facts(self, facts: dict[str, Any]) -> None:
-        """Add a table of names and values."""
-        self.tables.append(Table([[Cell(name), Cell(as_text(value))] for name, value in facts.items()]))
+    def add_rows(self, rows: Iterable[Iterable[Any]], columns: Iterable[object] = ()) -> None:
+        """Add a table of values or cells."""
+        cells = [[value if isinstance(value, Cell) else Cell(as_text(value)) for value in row] for row in rows]
+        self.tables.append(Table(cells, [str(name) for name in columns]))
 
     def add_frame(self, frame: pd.DataFrame) -> None:
         """Add a table."""
-        rows = [
-            [value if isinstance(value, Cell) else Cell(as_text(value)) for value in row]
-            for row in frame.to_numpy(object)
-        ]
-        self.tables.append(Table(rows, [str(name) for name in frame.columns]))
+        self.add_rows(frame.to_numpy(object), frame.columns)
 
 
 def as_text(value: Any) -> str:
@@ -93,19 +92,12 @@ def as_text(value: Any) -> str:
 
 def render(title: str, sections: Sequence[Section]) -> bytes:
     """Return the page as HTML."""
-    from datetime import UTC, datetime
-    from importlib.metadata import version
-
     from jinja2 import Environment, PackageLoader
 
     environment = Environment(loader=PackageLoader("he2gene_sc", "_report"), autoescape=True, trim_blocks=True)
-    page = environment.get_template("page.html.j2").render(
-        title=title,
-        sections=sections,
-        version=version("he2gene_sc"),
-        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-    return page.encode()
+    date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    page = environment.get_template("page.html.j2")
+    return page.render(title=title, sections=sections, version=version("he2gene_sc"), date=date).encode()
 
 
 def is_ours(path: Path) -> bool:

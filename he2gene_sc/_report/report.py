@@ -21,7 +21,9 @@ from .._core.spots import get_table
 from .._core.spots import sections_of as section_names
 from ..cohort._job import METRICS, recorded_summary
 from ..cohort._manifest import SEPARATORS
+from ..io import _open
 from ..io._files import check_folder, check_new_file, put_file
+from ..io._store import is_store
 from ..io._text import read_table
 from .page import Cell, Section, file_name, is_ours, render
 from .slide import Slide, sections_of
@@ -103,10 +105,8 @@ def report(
     slides = None if is_object(data) else _slides(data)
     if slides is not None:
         return _write_pages(slides, path, title, overwrite, page)
-    from ..io._open import open_store
-
     file = _check_file("report.html" if path is None else path, overwrite)
-    name, sections, _ = page(data if is_object(data) else open_store(Path(data), "data"), title)  # type: ignore[arg-type]
+    name, sections, _ = page(data if is_object(data) else _open.open_store(Path(data), "data"), title)  # type: ignore[arg-type]
     put_file(file, render(name, sections))
     return file
 
@@ -197,8 +197,6 @@ def _slides(data: Any) -> pd.DataFrame | None:
 
 def _may_be_store(path: Path) -> bool:
     """Return whether a folder is a store, possibly a damaged one."""
-    from ..io._store import is_store
-
     try:
         return is_store(path)
     except ValueError:  # damaged; open_store raises the error
@@ -207,8 +205,6 @@ def _may_be_store(path: Path) -> bool:
 
 def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: bool, page: Callable[..., Any]) -> Path:
     """Write the page of each slide, then the index, which lists slides that failed."""
-    from ..io._open import open_store
-
     index = Path("reports") if path is None else validate.folder_or_file(path, "path")
     index = index if index.suffix.lower() in _SUFFIXES else index / "index.html"
     stores = [Path(str(store)) for store in frame["output"]]
@@ -226,7 +222,7 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
         given = {name: row[name] for name in _SUMMARY if name in frame and not pd.isna(row[name]) and row[name] != ""}
         cells: dict[str, Any] = {"slide": Cell(store.stem), **given}
         try:
-            name, sections, recorded = page(open_store(store, "data"), None)
+            name, sections, recorded = page(_open.open_store(store, "data"), None)
             put_file(file, render(name, sections))
             cells = recorded | cells | {"slide": Cell(store.stem, link=file.name)}
         except MemoryError:

@@ -18,7 +18,7 @@ from .._core.ownership import is_record_of, public_name
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags
 from .._core.results import scores_of
 from .._core.spots import sections_of as section_names
-from .page import Cell, Section, Table
+from .page import Cell, Section
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -47,19 +47,13 @@ class Slide:
     options: dict[str, Any]
 
     @property
-    def known_patient(self) -> bool:
-        """Whether the prediction is of a patient that the model was trained on."""
-        return bool(self.record.get("known_patient", False))
-
-    @property
     def known_sections(self) -> list[str]:
         """Training sections that the slides were recognised as."""
         return [str(name) for name in self.record.get("known_sections", ())]
 
     def genes_by_reliability(self, reliable: bool) -> list[str]:
         """Return the predicted genes that are reliable, or those that are not, best first."""
-        options = {key: value for key, value in self.options.items() if key != "shapes_key"}
-        return get.genes(self.data, reliable=reliable, **options)
+        return get.genes(self.table, reliable=reliable, prediction_key=self.keys.uns)
 
     def genes_call(self, reliable: bool) -> str:
         """Return the call that lists the genes of :meth:`genes_by_reliability`."""
@@ -118,10 +112,11 @@ def _trust(slide: Slide, section: Section) -> None:
         )
     section.text.append(f"{describe_reliable(slide.table, keys)}.")
     if slide.known_sections:
-        section.text.append(
-            f"The model was trained on the image of {validate.format_list(slide.known_sections)}, so metrics on it are optimistic."
-            + (" With known_patient=False, reliable genes are those for a new patient." if slide.known_patient else "")
-        )
+        names = validate.format_list(slide.known_sections)
+        text = f"The model was trained on the image of {names}, so metrics on it are optimistic."
+        if record.get("known_patient"):
+            text += " With known_patient=False, reliable genes are those for a new patient."
+        section.text.append(text)
     has_new_patients = slide.column(keys.pcc_new_patient).notna().any()
     r = slide.column(keys.pcc_new_patient if has_new_patients else keys.pcc).dropna()
     if len(r):
@@ -140,7 +135,7 @@ def _trust(slide: Slide, section: Section) -> None:
     if slide.card is not None:
         section.text.append(slide.card.intended_use)
         limitations = [str(text).replace("genes.csv", _GENE_TABLE) for text in slide.card.limitations]
-        section.tables.append(Table([[Cell(text)] for text in limitations]))
+        section.add_rows([text] for text in limitations)
 
 
 def _slide(slide: Slide, section: Section) -> None:
@@ -163,7 +158,7 @@ def _slide(slide: Slide, section: Section) -> None:
         "Windows, µm": record.get("windows_um"),
         "Unit of the prediction": _UNIT,
     }
-    section.list_facts({name: value for name, value in facts.items() if value is not None and str(value)})
+    section.add_rows(fact for fact in facts.items() if fact[1] is not None and str(fact[1]))
 
 
 def _quality(slide: Slide, section: Section) -> None:
@@ -343,7 +338,7 @@ def _run(slide: Slide, section: Section) -> None:
     section.text.append("Recorded parameters of each run, without arguments that were None.")
     record = slide.record
     facts = {"Versions": "versions", "Device": "device", "Precision": "dtype"}
-    section.list_facts({title: record.get(name) for title, name in facts.items()})
+    section.add_rows((title, record.get(name)) for title, name in facts.items())
     names = {"image_key": "image", "shapes_key": "shapes", "coordinate_system": "coordinate_system", "mpp": "mpp"}
     given = {name: record.get(names[name]) for name in record.get("given", ()) if name in names}
     given = {"model": record["model"], **given}
@@ -356,4 +351,4 @@ def _run(slide: Slide, section: Section) -> None:
     for key, entry in slide.table.uns.items():
         if isinstance(entry, Mapping) and {"verb", "params"} <= set(entry):
             runs[f"{public_name(entry['verb'])}, {key}"] = dict(entry["params"])
-    section.list_facts(runs)
+    section.add_rows(runs.items())

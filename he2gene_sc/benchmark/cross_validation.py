@@ -10,17 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from .. import datasets, tl
 from .._core import validate
 from .._core.matrix import dense, matrix_of
+from ..datasets._her2st import local_image
+from ..inference import resolve_device, resolve_dtype
+from ..models import HE2Gene, load_encoder
+from ..models._embedding import N_COLOUR
+from ..models._encoders.load import encoder_sha256
+from ..models._network import FeatureExtractor
+from ..stats import log_normalise, noise_ceiling, pearson, skill
+from ..tl._train.fit import encode_section
+from ..tl._train.measured import MeasuredSection, join, read_sections
 from ..tl._train.options import PRESETS, WINDOWS_UM, Classes, DefaultRecipe, GeneSelection, TrainingKeys
+from ..training import Section, folds_of, grouped_folds
+from ..training._closed_form.validate import panels
+from ..training._figures import interval
+from ..training._held_out import Panel
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-    from ..models import HE2Gene
-    from ..tl._train.measured import MeasuredSection
-    from ..training import Section
 
 UNITS = ("section", "patient")
 N_TARGET = 250
@@ -52,37 +66,27 @@ class Prediction:
 
 def her2st(sections: Sequence[str] | None = None) -> Source:
     """Return the sections of her2st that have a local image, or the chosen ``sections``."""
-    from ..datasets import HER2ST_SECTIONS
-    from ..datasets import her2st as read
-    from ..datasets._her2st import local_image
-
-    chosen = _choose_sections(
-        sections, HER2ST_SECTIONS, [name for name in HER2ST_SECTIONS if local_image(name) is not None]
-    )
-    return Source("her2st", {name: name[0] for name in chosen}, read)
+    names = datasets.HER2ST_SECTIONS
+    chosen = _choose_sections(sections, names, [name for name in names if local_image(name) is not None])
+    return Source("her2st", {name: name[0] for name in chosen}, datasets.her2st)
 
 
 def hbcis(root: str | Path, sections: Sequence[str] | None = None) -> Source:
     """Return the sections of HBCIS under ``root``, or the chosen ``sections``."""
-    from ..datasets import hbcis as read
-
-    found = read(root)
+    found = datasets.hbcis(root)
     chosen = _choose_sections(sections, found.names, found.names)
     return Source("hbcis", {name: found.metadata.loc[name, "patient"] for name in chosen}, found.__getitem__)
 
 
 def _choose_sections(sections: Sequence[str] | None, valid: Sequence[str], default: Sequence[str]) -> list[str]:
-    unknown = [name for name in sections or () if name not in valid]
-    if unknown:
+    if unknown := [name for name in sections or () if name not in valid]:
         raise ValueError(f"`sections` {unknown} are unknown, valid: {', '.join(valid)}")
     chosen = list(dict.fromkeys(sections or default))
-    if sections and len(chosen) < 2:
-        raise ValueError(
-            f"`sections`: only {chosen[0]} is named; two are needed to hold one out, valid: {', '.join(valid)}"
-        )
     if len(chosen) < 2:
         raise ValueError(
-            f"`sections`: {len(chosen)} section(s) with an image found here; two are needed to hold one out. Set "
+            f"`sections`: only {chosen[0]} is named; two are needed to hold one out, valid: {', '.join(valid)}"
+            if sections
+            else f"`sections`: {len(chosen)} section(s) with an image found here; two are needed to hold one out. Set "
             "HE2GENE_DATA_DIR to the folder above her2st, or name sections that can be downloaded"
         )
     return chosen
@@ -90,24 +94,15 @@ def _choose_sections(sections: Sequence[str] | None, valid: Sequence[str], defau
 
 def split(source: Source, unit: str) -> list[tuple[list[str], list[str]]]:
     """Return the training and held-out sections of each fold; folds hold out whole sections or whole patients."""
-    from ..training import grouped_folds
-
     validate.one_of(unit, UNITS, "folds")
-    names = list(source.patients)
-    patients = list(dict.fromkeys(source.patients.values()))
-    codes = np.array([patients.index(source.patients[name]) for name in names])
+    names = np.array(list(source.patients))
+    codes, patients = pd.factorize(np.array(list(source.patients.values())))
     groups = len(patients) if unit == "patient" else len(names)
     if groups < 2:
-        raise ValueError(f"`folds` is {unit!r}, but all sections {names} are of one {unit} only")
+        raise ValueError(f"`folds` is {unit!r}, but all sections {names.tolist()} are of one {unit} only")
     n_folds = MAX_FOLDS if groups > MAX_FOLDS else None
     _, folds = grouped_folds(np.arange(len(names)), codes, unit=unit, n_folds=n_folds)
-    return [
-        (
-            [name for name, fold in zip(names, folds, strict=True) if fold != held],
-            [name for name, fold in zip(names, folds, strict=True) if fold == held],
-        )
-        for held in np.unique(folds)
-    ]
+    return [(names[folds != held].tolist(), names[folds == held].tolist()) for held in np.unique(folds)]
 
 
 def run(
@@ -142,14 +137,14 @@ def run(
                 )
                 predictors = _baselines(fold)
                 for name in models:
-                    model = loaded.get(name) or _train(
-                        source, train, name, cache, device, (options or {}).get(name, {})
-                    )
-                    predictors[name] = _predict_sections(
-                        source, fold, model, read, trained_here=name in PRESETS, device=device
-                    )
+                    own = (options or {}).get(name, {})
+                    model = loaded.get(name) or _train(source, train, name, cache, device, own)
+                    predictors[name] = _predict_sections(source, fold, model, read, name in PRESETS, device)
                 for i, section in enumerate(fold.test):
-                    ceiling = _ceiling(read[section.name], genes[fold.columns])
+                    measured = read[section.name]
+                    columns = measured.genes.get_indexer(genes[fold.columns])
+                    ceiling = noise_ceiling(measured.counts, genes=columns)
+                    ceiling = np.where(columns >= 0, np.nan_to_num(ceiling), 0)
                     for name, predictions in predictors.items():
                         if (prediction := predictions[i]) is not None:
                             rows += _score(fold, section, name, prediction, ceiling)
@@ -161,8 +156,6 @@ class _Fold:
     """Training sections, held-out sections, and the genes that are scored, chosen on the training sections."""
 
     def __init__(self, unit: str, train: list[Section], test: list[Section], genes: pd.Index, n_target: int) -> None:
-        from ..training._closed_form.validate import panels
-
         self.unit, self.train, self.test, self.genes = unit, train, test, genes
         rows = [np.ones(len(section), bool) for section in train]
         self.target, self.variable = panels(train, rows, min(n_target, len(genes)))
@@ -175,13 +168,6 @@ def _read(
     source: Source, cache: Path, device: str | None
 ) -> tuple[dict[str, MeasuredSection], dict[str, Section], pd.Index]:
     """Read all sections, and encode them for the baselines: output of the encoder in three windows, and colour."""
-    from ..inference import resolve_device, resolve_dtype
-    from ..models import load_encoder
-    from ..models._encoders.load import encoder_sha256
-    from ..models._network import FeatureExtractor
-    from ..tl._train.fit import encode_section
-    from ..tl._train.measured import join, read_sections
-
     resolved = resolve_device("auto" if device is None else device)
     network, spec = load_encoder(_ENCODER)
     extractor, sha256 = FeatureExtractor(network, spec), encoder_sha256(network)
@@ -201,8 +187,6 @@ def _read(
 
 def _baselines(fold: _Fold) -> dict[str, list[Prediction | None]]:
     """Predict with baselines that are fitted only on the training sections of the fold."""
-    from ..models._embedding import N_COLOUR
-
     n_colour = N_COLOUR * len(WINDOWS_UM)
     return {
         "training mean": [Prediction(np.tile(fold.mean, (len(section), 1))) for section in fold.test],
@@ -236,14 +220,6 @@ def _total_counts(fold: _Fold) -> list[Prediction | None]:
 
 def _ridge(fold: _Fold, features: slice) -> list[Prediction | None]:
     """Fit a ridge on standardised features, with a penalty chosen by grouped folds of the training sections."""
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GridSearchCV, PredefinedSplit
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    from ..stats import pearson
-    from ..training import folds_of
-
     train, test = ([np.asarray(part.features[:, 0, features]) for part in parts] for parts in (fold.train, fold.test))
     x, y = np.concatenate(train), np.nan_to_num(np.concatenate(fold.y) - fold.mean)
     n = len(fold.target)
@@ -260,8 +236,6 @@ def _ridge(fold: _Fold, features: slice) -> list[Prediction | None]:
 def _train(
     source: Source, names: Sequence[str], preset: str, cache: Path, device: str | None, options: Mapping[str, Any]
 ) -> HE2Gene:
-    from .. import tl
-
     # Only expression is scored.
     default = {"preset": DefaultRecipe(n_recoloured=0), "cache": cache}
     own = default if preset == "default" else {"preset": preset, "encoder": _ENCODER}
@@ -277,14 +251,10 @@ def _predict_sections(
     fold: _Fold,
     model: HE2Gene,
     read: Mapping[str, MeasuredSection],
-    *,
     trained_here: bool,
     device: str | None,
 ) -> list[Prediction | None]:
     """Predict the held-out sections; ``None`` if a ready model was trained on the section or patient."""
-    from .. import tl
-    from ..stats import log_normalise
-
     trained_on = model.card.training.get("sections", {})
     patients = {facts["patient"] for facts in trained_on.values()}
     found: list[Prediction | None] = []
@@ -312,42 +282,23 @@ def _predict_sections(
     return found
 
 
-def _ceiling(measured: MeasuredSection, genes: pd.Index) -> np.ndarray:
-    from ..stats import noise_ceiling
-
-    columns = measured.genes.get_indexer(genes)
-    return np.where(columns >= 0, np.nan_to_num(noise_ceiling(measured.counts, genes=columns)), 0)
-
-
 def _score(
     fold: _Fold, section: Section, predictor: str, prediction: Prediction, ceiling: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    from ..stats import pearson, skill
-    from ..training._closed_form.validate import Panel
-    from ..training._figures import interval
-
     measured = section.dense(fold.columns)
     panel = Panel(fold.target, fold.variable, prediction.values.astype(np.float32), measured)
     r = np.nan_to_num(pearson(prediction.values, measured))
     skills = skill(prediction.values, measured, fold.mean)
     limits = interval(panel, section.centres_um)
-    constant = predictor == "training mean"
     common = {"folds": fold.unit, "section": section.name, "patient": section.patient, "predictor": predictor}
     n = len(fold.target)
-    for i, (name, part) in enumerate(
-        ((f"{n} highest mean", slice(0, n)), (f"{len(fold.variable)} most variable", slice(n, None)))
-    ):
-        yield {
-            **common,
-            "panel": name,
-            "n_genes": len(r[part]),
-            "pearson": np.nan if constant else r[part].mean(),
-            "low": np.nan if constant else limits[i, 0],
-            "high": np.nan if constant else limits[i, 1],
-            "skill": np.nanmedian(skills[part]),
-            "ceiling": ceiling[part].mean(),
-            "above": np.nan if constant else (r[part] > 0.1).mean(),
-        }
+    parts = {f"{n} highest mean": slice(0, n), f"{len(fold.variable)} most variable": slice(n, None)}
+    for (name, part), (low, high) in zip(parts.items(), limits, strict=True):
+        row = {**common, "panel": name, "n_genes": len(r[part]), "pearson": r[part].mean(), "low": low, "high": high}
+        row |= {"skill": np.nanmedian(skills[part]), "ceiling": ceiling[part].mean(), "above": (r[part] > 0.1).mean()}
+        if predictor == "training mean":  # constant
+            row |= dict.fromkeys(("pearson", "low", "high", "above"), np.nan)
+        yield row
     if prediction.reliable is not None:
         r = np.nan_to_num(pearson(*prediction.reliable))
         yield {**common, "panel": "called reliable", "n_genes": len(r), "pearson": r.mean(), "above": (r > 0.1).mean()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 _PATIENTS_DISJOINT = "patients disjoint, 8 folds, 250 genes, labels smoothed 3 × 3, those of the test too"
 #: Mean Pearson correlation per gene as published, by data and protocol; protocols differ by more than the methods do.
@@ -41,15 +44,13 @@ def write(table: pd.DataFrame, data: str, out: Path, command: str) -> list[Path]
 
 def markdown(table: pd.DataFrame, data: str, command: str) -> str:
     """Return tables per section, their limits, and published figures with their protocol."""
-    from jinja2 import Environment, PackageLoader
-
     units = []
     for unit in _units(table):
         part = table[table["folds"] == unit]
         panels = [
-            (f"{name[:1].upper()}{name[1:]}", _panel(rows))
-            if name != _RELIABLE
-            else (f"{name.capitalize()} (on a new patient)", _reliable(rows))
+            (f"{name.capitalize()} (on a new patient)", _reliable(rows))
+            if name == _RELIABLE
+            else (name.capitalize(), _panel(rows))
             for name, rows in part.groupby("panel", sort=False)
         ]
         unreliable = sorted(set(part["section"]) - set(part.loc[part["panel"] == _RELIABLE, "section"]))
@@ -80,35 +81,23 @@ def _panel(rows: pd.DataFrame) -> list[list[str]]:
     sections = list(first.index)
     lines = [["", *(f"{name} ({first.loc[name, 'patient']})" for name in sections), "median skill"]]
     for predictor, group in rows.groupby("predictor", sort=False):
-        by_section = group.set_index("section")
-        cells = [
-            _with_interval(by_section.loc[name]) if name in by_section.index else "was trained on" for name in sections
-        ]
-        lines.append([predictor, *cells, f"{group['skill'].median():.3f}"])
+        cells = dict.fromkeys(sections, "was trained on")
+        for row in group.itertuples():
+            with_interval = f"{row.pearson:.3f} ({row.low:.2f} to {row.high:.2f})"
+            cells[row.section] = "–" if pd.isna(row.pearson) else with_interval
+        lines.append([predictor, *cells.values(), f"{group['skill'].median():.3f}"])
     return [*lines, ["noise ceiling", *(f"{ceiling:.3f}" for ceiling in first["ceiling"]), ""]]
 
 
 def _reliable(rows: pd.DataFrame) -> list[list[str]]:
-    return [
-        ["", "section", "genes called reliable", "mean Pearson", "share above 0.1"],
-        *(
-            [row.predictor, row.section, f"{row.n_genes:,}", f"{row.pearson:.3f}", f"{row.above:.0%}"]
-            for row in rows.itertuples()
-        ),
-    ]
-
-
-def _with_interval(row: pd.Series) -> str:
-    if pd.isna(row["pearson"]):
-        return "–"
-    return f"{row['pearson']:.3f} ({row['low']:.2f} to {row['high']:.2f})"
+    lines = [["", "section", "genes called reliable", "mean Pearson", "share above 0.1"]]
+    for row in rows.itertuples():
+        lines.append([row.predictor, row.section, f"{row.n_genes:,}", f"{row.pearson:.3f}", f"{row.above:.0%}"])
+    return lines
 
 
 def figure(table: pd.DataFrame, path: Path) -> None:
     """Draw a panel for each kind of fold: a row per predictor, a dot per section, and the noise ceiling behind."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = table[(table["panel"] == table["panel"].iloc[0]) & table["pearson"].notna()]
     units = _units(shown)
     predictors = list(dict.fromkeys(shown["predictor"]))[::-1]

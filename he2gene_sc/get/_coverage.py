@@ -90,11 +90,12 @@ def coverage(
         data, table, keys, layer, measured, measured_scale, other_scale=scale, gene_symbols=gene_symbols
     )
     low, high = (np.asarray(dense(matrix_of(table, end)[aligned.rows][:, aligned.columns])) for end in ends)
-    known = np.isfinite(high) & np.isfinite(aligned.measured)
+    truth = aligned.measured
+    known = np.isfinite(high) & np.isfinite(truth)
     genes = known.any(0)
-    known, truth = known[:, genes], aligned.measured[:, genes]
-    inside = (truth >= low[:, genes]) & (truth <= high[:, genes])
-    expressed = known & (truth > 0)
+    known, inside, expressed = (
+        mask[:, genes] for mask in (known, (truth >= low) & (truth <= high), known & (truth > 0))
+    )
     share = expressed.sum(0) / known.sum(0)
     spots = {"all": np.arange(len(truth))}
     if aligned.depth is not None:
@@ -103,9 +104,7 @@ def coverage(
     for detected, (above, most) in _DETECTED.items():
         part = np.flatnonzero((share > above) & (share <= most))
         for depth, rows in spots.items():
-            covered, measured_here, expressed_here = (
-                values[np.ix_(rows, part)] for values in (inside, known, expressed)
-            )
-            shares = (covered[mask].mean() if mask.any() else np.nan for mask in (measured_here, expressed_here))
+            own = np.ix_(rows, part)
+            shares = (inside[own][mask[own]].mean() if mask[own].any() else np.nan for mask in (known, expressed))
             results.append((detected, depth, len(part), len(rows), *shares))
     return pd.DataFrame(results, columns=["detected", "depth", "n_genes", "n_spots", "coverage", "coverage_expressing"])

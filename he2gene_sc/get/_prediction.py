@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,21 +157,14 @@ def expression(
         if len(missing):
             table_symbols = symbols_in(table, symbols)
             model_genes = [str(table_symbols[columns[i]]) if columns[i] >= 0 else names[i] for i in missing]
-            stored, computed = values[:, missing], _compute(table, model_genes, record, model, prediction_key)
-            values[:, missing] = np.where(np.isnan(stored), computed, stored)
+            source = predicting_model(record, model)
+            head = (
+                source.tensors[f"genes.{part}"][..., positions_of(source, model_genes)] for part in ("weight", "bias")
+            )
+            weights, bias = (np.asarray(tensor, np.float32) for tensor in head)
+            computed = np.maximum(embedding_of(table, prediction_key) @ weights + bias, 0)
+            values[:, missing] = np.where(np.isnan(values[:, missing]), computed, values[:, missing])
     return pd.DataFrame(values, index=table.obs_names, columns=names)
-
-
-def _compute(
-    table: AnnData, genes: list[str], record: Mapping[str, Any], model: str | Path | HE2Gene | None, prediction_key: str
-) -> np.ndarray:
-    """Compute the expression of genes of the model from the embedding, ``(n, g)``."""
-    source = predicting_model(record, model)
-    positions = positions_of(source, genes)
-    weights, bias = (
-        np.asarray(source.tensors[f"genes.{part}"][..., positions], np.float32) for part in ("weight", "bias")
-    )
-    return np.maximum(embedding_of(table, prediction_key) @ weights + bias, 0)
 
 
 def predicted(
@@ -244,11 +237,13 @@ def predicted(
     >>> sc.tl.rank_genes_groups(adata, "pathologist")
     """
     validate.arguments(predicted, locals())
+    from anndata import AnnData
+
     table = get_table(data, table_key, prediction_key=prediction_key)
-    record = record_of(table, prediction_key)
-    name = None if layer is None else predicted_layer(table, prediction_key, layer)
-    columns = _columns(table, prediction_key, reliable)
-    chosen = matrix_of(table[:, columns], name)
+    record, keys = record_of(table, prediction_key), Keys(prediction_key)
+    source = None if layer is None else predicted_layer(table, prediction_key, layer)
+    columns = _columns(table, keys, reliable)
+    chosen = matrix_of(table[:, columns], source)
     if hasattr(chosen, "dask") and is_large(*chosen.shape):
         raise ValueError(
             f"`reliable` is {reliable}: {len(columns):,} genes of {table.n_obs:,} spots need {4e-9 * table.n_obs * len(columns):,.1f} "
@@ -256,14 +251,37 @@ def predicted(
             "hg.get.expression(data, genes), or raise the limit"
         )
     values = np.asarray(dense(chosen), np.float32)
-    where = layer_label(name)
-    rows, kept = _complete(values, where)
-    return _copy(table, values[np.ix_(rows, kept)], rows, columns[kept], record, prediction_key, name)
+    rows, kept = _complete(values, layer_label(source))
+    obs, var = _with_plain_texts(table.obs.iloc[rows]), _with_plain_texts(table.var.iloc[columns[kept]])
+    own_record = {name: _with_plain_texts(value) for name, value in deepcopy(dict(record)).items()}
+    uns: dict[str, Any] = {keys.uns: own_record}
+    for name in obs.columns[[column.dtype.name == "category" for _, column in obs.items()]]:
+        before = obs[name].cat.categories
+        obs[name] = obs[name].cat.remove_unused_categories()
+        colors = table.uns.get(f"{name}_colors")
+        if colors is not None and len(colors) == len(before):
+            is_used = before.isin(obs[name].cat.categories)
+            uns[f"{name}_colors"] = [color for color, used in zip(colors, is_used, strict=True) if used]
+    for name in {"spatial", keys.rows}.intersection(table.uns):
+        uns[name] = deepcopy(table.uns[name])
+    if source is not None:
+        # Tells scanpy that the values are natural logarithms already. Versions of anndata before 0.12 read no `None`.
+        uns["log1p"] = {"base": np.e}
+        uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": source}
+    obsm = {
+        name: _with_plain_texts(value.iloc[rows] if hasattr(value := table.obsm[name], "iloc") else value[rows])
+        for name in ("spatial", keys.embedding, keys.proba)
+        if name in table.obsm
+    }
+    if (attrs := annotation_target(table)) is not None:
+        # Regions whose spots are all dropped are not annotated.
+        regions = obs[attrs["region_key"]].astype(str).unique().tolist()
+        uns["spatialdata_attrs"] = {**attrs, "region": regions if len(regions) > 1 else regions[0]}
+    return AnnData(X=values[np.ix_(rows, kept)], obs=obs, var=var, obsm=obsm, uns=uns)
 
 
-def _columns(table: AnnData, prediction_key: str, reliable: bool | None) -> np.ndarray:
+def _columns(table: AnnData, keys: Keys, reliable: bool | None) -> np.ndarray:
     """Return the positions of the chosen genes."""
-    keys = Keys(prediction_key)
     flags = gene_flags(table, keys.predicted)
     n_predicted = int(flags.sum())
     if not n_predicted:
@@ -304,56 +322,11 @@ def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
             f"`layer`: {where} has no gene that all {len(rows)} predicted spots have, because the regions of the table were "
             "predicted for different genes; pass the rows of one region only"
         )
-    left_out = [
-        f"{n:,} of {total:,} {what}"
-        for n, total, what in (
-            (len(values) - len(rows), len(values), "spots that were not predicted"),
-            (values.shape[1] - len(kept), values.shape[1], "genes that are NaN for some spots"),
-        )
-        if n
-    ]
-    if left_out:
+    what = ("spots that were not predicted", "genes that are NaN for some spots")
+    numbers = zip((len(rows), len(kept)), values.shape, what, strict=True)
+    if left_out := [f"{total - n:,} of {total:,} {name}" for n, total, name in numbers if n < total]:
         warnings.warn(f"left out of {where}: {', '.join(left_out)}", stacklevel=3)
     return rows, kept
-
-
-def _copy(
-    table: AnnData,
-    values: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    record: Any,
-    prediction_key: str,
-    layer: str | None,
-) -> AnnData:
-    """Build the new table from copies."""
-    from anndata import AnnData
-
-    keys = Keys(prediction_key)
-    obs, var = _with_plain_texts(table.obs.iloc[rows]), _with_plain_texts(table.var.iloc[columns])
-    own_record = {name: _with_plain_texts(value) for name, value in deepcopy(dict(record)).items()}
-    uns: dict[str, Any] = {keys.uns: own_record}
-    for name in obs.columns[[column.dtype.name == "category" for _, column in obs.items()]]:
-        before = obs[name].cat.categories
-        obs[name] = obs[name].cat.remove_unused_categories()
-        colors = table.uns.get(f"{name}_colors")
-        if colors is not None and len(colors) == len(before):
-            is_used = before.isin(obs[name].cat.categories)
-            uns[f"{name}_colors"] = [color for color, used in zip(colors, is_used, strict=True) if used]
-    for name in {"spatial", keys.rows}.intersection(table.uns):
-        uns[name] = deepcopy(table.uns[name])
-    if layer is not None:
-        # Tells scanpy that the values are natural logarithms already. Versions of anndata before 0.12 read no `None`.
-        uns["log1p"] = {"base": np.e}
-        uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": layer}
-    obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
-    obsm = {
-        name: _with_plain_texts(value.iloc[rows]) if hasattr(value, "iloc") else value[rows]
-        for name, value in obsm.items()
-    }
-    if (attrs := annotation_target(table)) is not None:
-        uns["spatialdata_attrs"] = _limit_regions(attrs, obs)
-    return AnnData(X=values, obs=obs, var=var, obsm=obsm, uns=uns)
 
 
 def _with_plain_texts(value: Any) -> Any:
@@ -366,9 +339,3 @@ def _with_plain_texts(value: Any) -> Any:
     out = value.astype(dict.fromkeys(texts, object))
     out.index = out.index.astype(object)
     return out
-
-
-def _limit_regions(attrs: Any, obs: Any) -> dict[str, Any]:
-    """Limit the annotated regions to those that still have spots."""
-    regions = obs[attrs["region_key"]].astype(str).unique().tolist()
-    return {**attrs, "region": regions if len(regions) > 1 else regions[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 #: Names of the tables; ``"genes"`` is the table of the model followed by that of the baselines.
-TABLES = ("summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion")
+Table = Literal["summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion"]
 
 
 def evaluation(
     data: SpatialData | AnnData,
-    what: Literal[
-        "summary", "genes", "baselines", "predictors", "left_out", "annotation", "classes", "confusion"
-    ] = "summary",
+    what: Table = "summary",
     *,
     dropna: bool = True,
     key: str = "he2gene_eval",
@@ -74,21 +72,20 @@ def evaluation(
     True
     """
     validate.arguments(evaluation, locals())
-    validate.one_of(what, TABLES, "what")
+    validate.one_of(what, get_args(Table), "what")
     stored = find_result(data, "evaluate", key, table_key)
     if what not in stored:
         if what == "baselines":
             raise ValueError('`what`: no baseline was computed; see what="predictors" for the reasons')
         raise ValueError(f"`what`: {what!r} was not evaluated; run hg.tl.evaluate(annotation_key=...)")
-    parts = [stored[what]] + ([stored["baselines"]] if what == "genes" and "baselines" in stored else [])
-    frame = pd.concat(parts, ignore_index=True)
+    tables = ("genes", "baselines") if what == "genes" else (what,)
+    frame = pd.concat([stored[name] for name in tables if name in stored], ignore_index=True)
     if dropna and what in ("summary", "genes", "baselines", "classes"):
-        metrics = frame.select_dtypes(np.floating)
-        frame = frame[metrics.notna().any(axis=1)]
+        frame = frame[frame.select_dtypes(np.floating).notna().any(axis=1)]
     if dropna and "scope" in frame:
-        is_section = (frame["scope"] == "section").to_numpy()
-        is_only_one = frame.loc[is_section, "section"].nunique() == 1
-        frame = frame[is_section | (not is_only_one)]
+        is_section = frame["scope"] == "section"
+        if frame.loc[is_section, "section"].nunique() == 1:
+            frame = frame[is_section]
     frame = frame.reset_index(drop=True)
     texts = ("scope", "section", "predictor") if what in ("genes", "baselines") else ()
     return frame.astype(dict.fromkeys(texts, str))
@@ -394,6 +391,7 @@ def programmes(
     >>> ax = hg.pl.spatial(sdata, "fat")
     """
     validate.arguments(programmes, locals())
-    results = find_result(data, "programmes", key, table_key)["results"]
-    kept = results if reliable is None else results[results["reliable"].to_numpy(bool) == reliable]
-    return kept.reset_index(drop=True)
+    frame = find_result(data, "programmes", key, table_key)["results"]
+    if reliable is not None:
+        frame = frame[frame["reliable"].astype(bool) == reliable]
+    return frame.reset_index(drop=True)

@@ -1,5 +1,8 @@
 from ._accuracy import (
+    N_BINS,
     TARGET_SUM,
+    calibration_error,
+    class_scores,
     log_normalise,
     noise_ceiling,
     pearson,
@@ -9,8 +12,7 @@ from ._accuracy import (
     slope,
     spearman,
 )
-from ._adapt import CANDIDATES, MIN_SPOTS, Adapted, adapt
-from ._classification import N_BINS, ClassScores, calibration_error, class_scores
+from ._adapt import CANDIDATES, MIN_SPOTS, adapt
 from ._conformal import (
     LEVELS,
     MAX_COVERAGE,
@@ -30,38 +32,40 @@ from ._conformal import (
 )
 from ._counts import (
     MIN_LIBRARY,
-    CountDifferences,
     CountSums,
     count_differences,
     library_evidence,
     library_factors,
     variance_components,
 )
-from ._domains import agreement, chaos, enrichment_agreement, match, pas, silhouette
-from ._mixed import mixed_model
-from ._ppi import MIN_PVALUES, PredictionPowered, prediction_powered_mean
+from ._domains import (
+    MIN_OVERLAP,
+    admissible_shifts,
+    agreement,
+    chaos,
+    enrichment_agreement,
+    match,
+    pas,
+    shift_test,
+    silhouette,
+)
 from ._pseudobulk import (
     SampleTest,
-    VariancePrior,
     depth_followed,
     hypervariable_prior,
     paired_moderated_t,
-    predictive_t,
     squeeze_variance,
     t_test,
     trigamma_inverse,
     weighted_fit,
 )
+from ._sample_models import MIN_PVALUES, mixed_model, prediction_powered_mean
 from ._set_scores import SetScores, set_ceiling
-from ._shift_test import MIN_OVERLAP, ShiftTest, admissible_shifts, shift_test
 from ._spatial_metrics import ceiling_of_neighbours, moran, neighbour_weights, pitch_of, ssim_on_grid
 from ._spatial_test import SpatialTest, spatial_test, wilcoxon_test
 
 __all__ = [
-    "Adapted",
     "CANDIDATES",
-    "ClassScores",
-    "CountDifferences",
     "CountSums",
     "LEVELS",
     "MAX_COVERAGE",
@@ -71,15 +75,12 @@ __all__ = [
     "MIN_PVALUES",
     "MIN_SPOTS",
     "N_BINS",
-    "PredictionPowered",
     "RESIDUAL_LEVELS",
     "TAILS",
     "SampleTest",
     "SetScores",
-    "ShiftTest",
     "SpatialTest",
     "TARGET_SUM",
-    "VariancePrior",
     "adapt",
     "admissible_shifts",
     "agreement",
@@ -111,7 +112,6 @@ __all__ = [
     "pearson",
     "pitch_of",
     "prediction_powered_mean",
-    "predictive_t",
     "ranking_agreement",
     "residual_quantiles",
     "rounded_up",

@@ -1,8 +1,9 @@
-"""Agreement of predicted with measured expression, and of rankings of genes."""
+"""Agreement of predicted with measured expression, of rankings of genes, and of predicted classes with labels."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
@@ -12,6 +13,8 @@ TARGET_SUM = 1e4
 _BLOCK_SIZE = 2**19
 #: Spots times genes of a block in :func:`noise_ceiling`.
 _SPLIT = 2**22
+#: Number of bins of the confidence of classes.
+N_BINS = 10
 
 
 def log_normalise(counts: np.ndarray | scipy.sparse.sparray | scipy.sparse.spmatrix) -> np.ndarray:
@@ -127,19 +130,15 @@ def _sparse_pearson(x: np.ndarray, y: np.ndarray, column: np.ndarray, n: int, n_
 
 def spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Spearman correlation ``(g,)`` of columns, with mean ranks for ties; NaN for a constant column or one with NaN."""
+    from scipy.stats import rankdata
+
     a, b = np.asarray(a), np.asarray(b)
     result = np.empty(a.shape[1])
     for block in column_blocks(a.shape):
-        result[block] = pearson(_ranks(a[:, block]), _ranks(b[:, block]))
+        # Rows are contiguous in memory, so sorting rows is several times as fast as sorting columns.
+        rows = (np.ascontiguousarray(x[:, block].T) for x in (a, b))
+        result[block] = pearson(*(rankdata(x, axis=1, nan_policy="propagate").T for x in rows))
     return result
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks of each column ``(n, g)`` float64, mean ranks for ties; all NaN if one value is NaN."""
-    from scipy.stats import rankdata
-
-    # Rows are contiguous in memory, so sorting rows is several times as fast as sorting columns.
-    return rankdata(np.ascontiguousarray(x.T), axis=1, nan_policy="propagate").T
 
 
 def sd_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
@@ -189,3 +188,58 @@ def ranking_agreement(
         out[f"precision_at_{length}"] = len(tops[0] & tops[1]) / length if fits else np.nan
         out[f"chance_at_{length}"] = length / n if fits else np.nan
     return out
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """Result of :func:`class_scores`. Balanced accuracy and F1 are means over the classes that occur as labels."""
+
+    n: int  # labelled spots
+    accuracy: float
+    balanced_accuracy: float
+    macro_f1: float
+    calibration_error: float
+    macro_auroc: float  # over the classes with an AUROC
+    support: np.ndarray  # (c,) labelled spots of each class
+    recall: np.ndarray  # (c,) NaN for absent classes
+    f1: np.ndarray
+    auroc: np.ndarray  # (c,) one class against the rest; NaN for absent classes or if all spots are of one class
+    confusion: np.ndarray  # (c, c) labels by predictions
+
+
+def class_scores(proba: np.ndarray, codes: np.ndarray) -> ClassScores:
+    """Compare class probabilities ``(n, c)``, with rows of sum 1, with labels ``(n,)``."""
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support, roc_auc_score
+
+    proba, codes = np.asarray(proba, np.float64), np.asarray(codes)
+    if not len(codes):
+        raise ValueError("`codes` is empty; at least one labelled spot is needed")
+    classes = np.arange(proba.shape[1])
+    found = proba.argmax(1)
+    _, recall, f1, support = precision_recall_fscore_support(codes, found, labels=classes, zero_division=0)
+    occurs = support > 0
+    recall, f1 = np.where(occurs, recall, np.nan), np.where(occurs, f1, np.nan)
+    auroc = np.full(len(classes), np.nan)
+    for c in classes[occurs & (support < len(codes))]:
+        auroc[c] = roc_auc_score(codes == c, proba[:, c])
+    return ClassScores(
+        n=len(codes),
+        accuracy=float((found == codes).mean()),
+        balanced_accuracy=float(np.nanmean(recall)),
+        macro_f1=float(np.nanmean(f1)),
+        calibration_error=calibration_error(proba, codes),
+        macro_auroc=float(np.nanmean(auroc)) if np.isfinite(auroc).any() else float("nan"),
+        support=support,
+        recall=recall,
+        f1=f1,
+        auroc=auroc,
+        confusion=confusion_matrix(codes, found, labels=classes),
+    )
+
+
+def calibration_error(proba: np.ndarray, codes: np.ndarray, n_bins: int = N_BINS) -> float:
+    """Return the expected calibration error of the most probable class (Guo et al., ICML 2017), with equally wide bins."""
+    confidence, right = proba.max(1), proba.argmax(1) == codes
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    gaps = [abs(confidence[bins == b].sum() - right[bins == b].sum()) for b in np.unique(bins)]
+    return float(np.sum(gaps) / len(codes))

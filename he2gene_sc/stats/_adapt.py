@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,26 +68,13 @@ def adapt(
     (``level_share``), since a varying correction would create a pattern. Genes measured at fewer than ten spots are not
     changed; genes measured at no spot are corrected by the other genes.
     """
-    pitch = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
-    xy = xy / (pitch if pitch > 0 else 1)
     known = np.isfinite(measured)
-    predicted, residual = predicted.astype(np.float32), (measured - predicted).astype(np.float32)
-    loadings = _directions(predicted)
-    result = Adapted(
-        predicted.copy(),
-        np.full(predicted.shape, np.nan, np.float32),
-        residual,
-        np.full((predicted.shape[1], len(CANDIDATES)), np.nan, np.float32),
-        np.zeros(len(predicted), np.float32),
-        np.full(predicted.shape[1], np.nan, np.float32),
-    )
-    features = [predicted @ loadings] + ([] if embedding is None else [embedding @ _directions(embedding)])
     sets, member = np.unique(np.packbits(known, axis=0), axis=1, return_inverse=True)
     if sets.shape[1] > MAX_SETS:
         raise ValueError(
             f"`measured`: genes are measured on {sets.shape[1]} different sets of spots, at most {MAX_SETS} are supported"
         )
-    section = _Section(result, predicted, residual, loadings, xy, embedding, features, classes, seed)
+    section = _Section(predicted, measured, xy, embedding, classes, seed)
     for i in range(sets.shape[1]):
         genes = np.flatnonzero(member.ravel() == i)
         spots = known[:, genes[0]]
@@ -96,6 +82,7 @@ def adapt(
             section.correct(genes, spots)
         elif not spots.any():
             section.correct_unmeasured(genes)
+    result = section.result
     np.maximum(result.expression, 0, out=result.expression)
     with np.errstate(invalid="ignore"):
         result.support[:] /= np.isfinite(result.reach).sum()
@@ -122,19 +109,34 @@ def _level(residual: np.ndarray) -> np.ndarray:
     return max(0.0, 1 - error / max(common**2, 1e-12)) * common + real / np.maximum(real + chance, 1e-12) * own
 
 
-@dataclass
 class _Section:
     """Spots of a section, and their corrected prediction, which is filled in."""
 
-    result: Adapted
-    predicted: np.ndarray
-    residual: np.ndarray
-    loadings: np.ndarray
-    xy: np.ndarray
-    embedding: np.ndarray | None
-    features: list[np.ndarray]
-    classes: np.ndarray | None
-    seed: int
+    def __init__(
+        self,
+        predicted: np.ndarray,
+        measured: np.ndarray,
+        xy: np.ndarray,
+        embedding: np.ndarray | None,
+        classes: np.ndarray | None,
+        seed: int,
+    ) -> None:
+        (n, g), self.seed = predicted.shape, seed
+        pitch = np.median(cKDTree(xy).query(xy, k=2)[0][:, 1])
+        self.xy = xy / (pitch if pitch > 0 else 1)
+        self.embedding = np.empty((n, 0), np.float32) if embedding is None else embedding
+        self.classes = np.full(n, -1) if classes is None else classes
+        self.predicted, self.residual = predicted.astype(np.float32), (measured - predicted).astype(np.float32)
+        self.loadings = _directions(self.predicted)
+        self.features = [self.predicted @ self.loadings, self.embedding @ _directions(self.embedding)]
+        self.result = Adapted(
+            self.predicted.copy(),
+            np.full((n, g), np.nan, np.float32),
+            self.residual,
+            np.full((g, len(CANDIDATES)), np.nan, np.float32),
+            np.zeros(n, np.float32),
+            np.full(g, np.nan, np.float32),
+        )
 
     def correct(self, all_genes: np.ndarray, spots: np.ndarray) -> None:
         """Correct genes that were measured on the same spots ``(n,)``."""
@@ -164,7 +166,10 @@ class _Section:
                 errors[:, folds == f] = measured - self._candidates(smoothers, known, held, genes)
             weights, residuals = stack(errors, folds)
             before = self.residual[np.ix_(at, genes)]
-            share = self._confirmed_share(before, residuals, blocks, at)
+            confirmed, by_class = confirmed_share(before, residuals, blocks, self.classes[at])
+            limit = np.ones(self.classes.max() + 2)  # the last is for spots without a class
+            limit[: len(by_class)] = by_class
+            share = np.minimum(confirmed, limit[self.classes])
             self.result.weights[genes, :-1], self.result.weights[genes, -1] = share.max() * weights, 1 - share.max()
             self.result.residuals[np.ix_(at, genes)] = before + share[at, None] * (residuals - before)
             values = np.einsum("gc,cng->ng", weights, self._candidates(final, at, everywhere, genes))
@@ -174,26 +179,12 @@ class _Section:
             change = level[:, None] * offset + near[:, None] * (change - offset)
             self.result.expression[:, genes] = old + share[:, None] * change
 
-    def _confirmed_share(self, before: np.ndarray, after: np.ndarray, blocks: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Share ``(n,)`` of the correction that is applied to each spot."""
-        codes = self.classes
-        share, by_class = confirmed_share(before, after, blocks, None if codes is None else codes[at])
-        shares = np.full(len(self.xy), share)
-        if codes is not None and len(by_class):
-            known = (codes >= 0) & (codes < len(by_class))
-            shares[known] = np.minimum(share, by_class[codes[known]])
-        return shares
-
     def _smoothers(self, known: np.ndarray, wanted: np.ndarray, scores: np.ndarray, chosen: dict) -> dict[str, Any]:
         """Weights of the known spots, a function of their centred values for ``refit``, and scores for ``shared``."""
         weights = {name: kriging(self.xy[wanted], self.xy[known], *chosen[name]) for name in ("kriged", "neighbours")}
         shared = self._krige_scores(scores, wanted, *chosen["shared"])
-        return {**weights, "refit": self._ridge(known, wanted, chosen["refit"]), "shared": shared}
-
-    def _ridge(self, known: np.ndarray, wanted: np.ndarray, penalty: float) -> Callable:
-        if self.embedding is None:
-            return lambda values: np.zeros((len(wanted), values.shape[1]), values.dtype)
-        return ridge(self.embedding[wanted], self.embedding[known], penalty)
+        refit = ridge(self.embedding[wanted], self.embedding[known], chosen["refit"])
+        return {**weights, "refit": refit, "shared": shared}
 
     def _candidates(self, smoothers: dict, known: np.ndarray, wanted: np.ndarray, genes: np.ndarray) -> np.ndarray:
         """Return all candidates ``(c, wanted, genes)`` from the known spots."""
@@ -230,19 +221,19 @@ class _Section:
                 shared = self._krige_scores(scores, held, *setting)
                 count("shared", setting, wanted - shared @ self.loadings[genes].T)
             for penalty in _PENALTIES:
-                count("refit", penalty, wanted - self._ridge(known, held, penalty)(residual))
+                fitted = ridge(self.embedding[held], self.embedding[known], penalty)(residual)
+                count("refit", penalty, wanted - fitted)
         return {name: min(tried, key=tried.__getitem__) for name, tried in trials.items()}
 
-    def _scores(self, spots: np.ndarray | None = None, genes: np.ndarray | None = None) -> np.ndarray:
+    def _scores(self, *hidden: np.ndarray) -> np.ndarray:
         """Scores ``(n, k)`` of the residuals of each spot along the directions, from its measured genes; NaN without any.
 
-        The given genes are treated as not measured at the given spots.
+        ``hidden`` are spots and genes that are treated as not measured.
         """
         k = self.loadings.shape[1]
-        values = self.residual
-        if spots is not None and genes is not None:
-            values = values.copy()
-            values[np.ix_(spots, genes)] = np.nan
+        values = self.residual.copy()
+        if hidden:
+            values[np.ix_(*hidden)] = np.nan
         known = np.isfinite(values)
         scores = np.full((len(values), k), np.nan)
         whole = known.all(1)

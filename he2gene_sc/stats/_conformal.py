@@ -15,10 +15,16 @@ MAX_COVERAGE = 0.98
 MIN_GROUPS = 9
 #: Levels of the stored quantiles on either side, by predicted level: 0.95 on both sides makes an interval of 90 %.
 TAILS = np.array([0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.96, 0.975, 0.99, 1.0])
+#: Levels of stored quantiles of residuals: 0.05 and 0.95 are the ends of an interval of 90 %.
+RESIDUAL_LEVELS = np.array(
+    [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
+    + [0.5]
+    + [0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995]
+)
 #: Number of predicted levels (tenths of the spots), and fewest spots of a level; with fewer spots there are fewer levels.
 _PREDICTED_LEVELS, _LEVEL_SPOTS = 10, 50
-#: Fewest effective spots and groups for separate quantiles of a gene at a predicted level.
-_LEVEL_EFFECTIVE, _LEVEL_GROUPS = 20, 2
+#: Fewest groups and effective spots for separate quantiles of a gene at a predicted level.
+_LEVEL_LEAST = (2, 20)
 #: Spread at a prediction of 0, as a share of the mean squared residual of the gene: the least value.
 _FLOOR = 0.1
 _ROUNDING = 1e-9
@@ -94,14 +100,14 @@ def level_quantiles(
     quantiles = np.full((2, 1 + n_levels, len(TAILS), g), np.nan, np.float16)
     counted = np.zeros((1 + n_levels, g), np.int16)
     for level in range(1 + n_levels):
-        rows = order[cuts[level - 1] : cuts[level]]
-        own, own_groups = (np.take_along_axis(scores, rows, axis=0), groups[rows]) if level else (scores, groups)
-        effective = _effective_spots(np.isfinite(own), own_groups) if level else None
+        own, own_groups, least = scores, groups[:, None], (1, 0)
+        if level:
+            rows = order[cuts[level - 1] : cuts[level]]
+            own, own_groups, least = np.take_along_axis(scores, rows, axis=0), groups[rows], _LEVEL_LEAST
+        effective = _effective_spots(np.isfinite(own), own_groups)
         for side, signed in enumerate((-own, own)):
             found, n_groups = grouped_quantiles(signed, own_groups, TAILS)
-            enough = (
-                n_groups > 0 if effective is None else (n_groups >= _LEVEL_GROUPS) & (effective >= _LEVEL_EFFECTIVE)
-            )
+            enough = (n_groups >= least[0]) & (effective >= least[1])
             quantiles[side, level] = rounded_up(np.where(enough, found, np.nan))
             counted[level] = np.where(enough, n_groups, 0)
     return quantiles, counted, edges
@@ -157,12 +163,13 @@ def interpolated(quantiles: np.ndarray, levels: np.ndarray, level: float) -> np.
     levels = np.asarray(levels, np.float64)
     if not levels[0] - _ROUNDING <= level <= levels[-1] + _ROUNDING:
         raise ValueError(f"`level` is {level:.4g}, outside the stored levels {levels[0]:.4g} to {levels[-1]:.4g}")
-    i = int(np.clip(np.searchsorted(levels, level), 1, len(levels) - 1))
-    share = np.clip((level - levels[i - 1]) / (levels[i] - levels[i - 1]), 0, 1)
     quantiles = np.asarray(quantiles, np.float32)
     # At a stored level the neighbouring quantile must not be used: with few residuals it is infinite.
-    if min(levels[i] - level, level - levels[i - 1]) <= _ROUNDING:
-        return quantiles[i if levels[i] - level <= _ROUNDING else i - 1].copy()
+    stored = np.flatnonzero(np.abs(levels - level) <= _ROUNDING)
+    if len(stored):
+        return quantiles[stored[0]].copy()
+    i = int(np.searchsorted(levels, level))
+    share = (level - levels[i - 1]) / (levels[i] - levels[i - 1])
     return ((1 - share) * quantiles[i - 1] + share * quantiles[i]).astype(np.float32)
 
 
@@ -172,14 +179,6 @@ def rounded_up(values: np.ndarray) -> np.ndarray:
     return np.where(half < values, np.nextafter(half, np.float16(np.inf)), half).astype(np.float16)
 
 
-#: Levels of stored quantiles of residuals: 0.05 and 0.95 are the ends of an interval of 90 %.
-RESIDUAL_LEVELS = np.array(
-    [0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4]
-    + [0.5]
-    + [0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.975, 0.99, 0.995]
-)
-
-
 def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVELS) -> np.ndarray:
     """Quantiles ``(q, g)`` of each column without NaN, with the finite-sample correction; infinite if there are too few values.
 
@@ -187,16 +186,13 @@ def residual_quantiles(residuals: np.ndarray, levels: np.ndarray = RESIDUAL_LEVE
     ``⌊(n + 1) q⌋``-th (split conformal prediction; Lei et al., JASA 2018).
     """
     levels = np.asarray(levels, float)
-    ordered = np.sort(residuals, axis=0)
     n = np.isfinite(residuals).sum(0)
-    ordered = np.where(np.isnan(ordered), np.inf, ordered)
-    bounded = np.concatenate([np.full((1, ordered.shape[1]), -np.inf), ordered, np.full((1, ordered.shape[1]), np.inf)])
+    ordered = np.sort(np.where(np.isnan(residuals), np.inf, residuals), axis=0)
+    bounded = np.pad(ordered, ((1, 1), (0, 0)), constant_values=((-np.inf, np.inf), (0, 0)))
     at = (n + 1) * levels[:, None]
     # Rounding errors must not change a rank.
-    rank = np.where(levels[:, None] > 0.5, np.ceil(at - 1e-9), np.floor(at + 1e-9)).astype(int)
-    found = np.take_along_axis(bounded, np.clip(rank, 0, n + 1), axis=0)
-    middle = np.take_along_axis(bounded, np.clip(np.ceil(at - 1e-9).astype(int), 0, n + 1), axis=0)
-    half = levels == 0.5
+    ranks = np.floor(at + 1e-9), np.ceil(at - 1e-9)
+    low, high = (np.take_along_axis(bounded, np.clip(rank.astype(int), 0, n + 1), axis=0) for rank in ranks)
     with np.errstate(invalid="ignore"):
-        found[half] = (found[half] + middle[half]) / 2
+        found = np.where(levels[:, None] == 0.5, (low + high) / 2, np.where(levels[:, None] > 0.5, high, low))
     return np.where(n > 0, found, np.nan).astype(np.float32)

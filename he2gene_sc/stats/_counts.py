@@ -106,8 +106,7 @@ def _deviations(
     share of the variance. For small counts this is (y - N π) / (N π (1 - π)), for large counts the log odds.
     """
     between = max(between, 1e-4)
-    a, b = (np.exp(sign * logits) for sign in (1, -1))
-    a, b = (1 + a) / between, (1 + b) / between
+    a, b = ((1 + np.exp(sign * logits)) / between for sign in (1, -1))
     for shape in (a, b):
         # Solve log(shape) = digamma(x) by one Newton step from x = shape + 1/2.
         start = shape + 0.5
@@ -134,7 +133,7 @@ def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     factors = np.ones(depth.shape)
     overall = counts.sum((0, 1)) / max(depth.sum(), 1e-300)
     values, expected = _m_values(counts, depth)
-    unchanged = _unchanged_genes(values, expected)
+    _, unchanged = _unchanged_genes(values, expected)
     for i, m in enumerate(values):
         if np.isfinite(m).sum() < _FEWEST or not (kept := np.isfinite(m) & unchanged).any():
             continue
@@ -152,20 +151,24 @@ def library_factors(counts: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return factors
 
 
-def _unchanged_genes(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Mask ``(g,)`` of genes whose M value (mean over samples) is near the mode; leaves out genes that change in one direction.
+def _unchanged_genes(values: np.ndarray, expected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean M values ``(g,)`` over samples, and a mask of genes near their mode; leaves out genes that change in one direction.
 
-    The mode is the centre of the shortest interval with half of the genes; "near" is within 2.5 SD, estimated from its length. If
-    about half of the genes change in one direction, the mode is the centre of the shortest interval with a third of the
-    well-counted genes. If many genes change, the SD of the half is too large; then the SD of the narrower side is used.
+    Each sample is centred at its median; the mean is NaN for genes that are counted well in none. The mode is the centre of the
+    shortest interval with half of the genes; "near" is within 2.5 SD, estimated from its length. If about half of the genes change
+    in one direction, the mode is the centre of the shortest interval with a third of the well-counted genes. If many genes
+    change, the SD of the half is too large; then the SD of the narrower side is used.
     """
-    means = _mean_m_values(values)
+    known = np.isfinite(values)
+    level = [np.median(m[mask]) if mask.any() else 0.0 for m, mask in zip(values, known, strict=True)]
+    total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
+    means = total / np.where(known.any(0), known.sum(0), np.nan)
     near = np.isfinite(means)
     if near.sum() < _FEWEST:
-        return near
+        return means, near
     mean = means[near]
     middle, sd = _densest(mean, 1 / 2, 1.35)
-    counted = np.where(np.isfinite(values[:, near]), expected[..., near], 0).sum((0, 1))
+    counted = np.where(known[:, near], expected[..., near], 0).sum((0, 1))
     well = mean[counted >= np.median(counted)] if len(mean) >= _MANY else mean
     for part in (mean, well):
         chance = 1 + 3 / np.cbrt(len(part))
@@ -176,7 +179,7 @@ def _unchanged_genes(values: np.ndarray, expected: np.ndarray) -> np.ndarray:
     if sd > max(_TOO_WIDE, chance) * side:
         sd = side
     near[near] = np.abs(mean - middle) <= 2.5 * sd
-    return near
+    return means, near
 
 
 def _densest(values: np.ndarray, share: float, width: float) -> tuple[float, float]:
@@ -191,18 +194,10 @@ def _densest(values: np.ndarray, share: float, width: float) -> tuple[float, flo
     return float(ordered[first] + ordered[first + n - 1]) / 2, float(lengths[first]) / width
 
 
-def _mean_m_values(values: np.ndarray) -> np.ndarray:
-    """Mean M value ``(g,)`` over samples after centring each sample at its median; NaN for genes that are counted well in none."""
-    known = np.isfinite(values)
-    level = [np.median(m[mask]) if mask.any() else 0.0 for m, mask in zip(values, known, strict=True)]
-    total = np.where(known, values - np.array(level)[:, None], 0).sum(0)
-    return total / np.where(known.any(0), known.sum(0), np.nan)
-
-
 def library_evidence(counts: np.ndarray, depth: np.ndarray) -> tuple[int, float]:
     """Smallest number of well-counted genes over samples, and the share of genes left out on one side (positive if higher)."""
     values, expected = _m_values(counts, depth)
-    mean, unchanged = _mean_m_values(values), _unchanged_genes(values, expected)
+    mean, unchanged = _unchanged_genes(values, expected)
     n = int(np.isfinite(values).sum(1).min())
     if not unchanged.any():
         return n, 0.0

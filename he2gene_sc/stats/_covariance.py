@@ -18,18 +18,14 @@ _PARTS = 16
 _FAR = 0.2
 #: Ratios of the variance of the field to white noise, from almost only noise to almost no noise.
 ODDS = np.geomspace(0.02, 1000, 25)
-#: Family, number of ranges, longest range in sides of the tissue, and anisotropy (ratio of the ranges along and across).
+#: By anisotropy (ratio of the ranges along and across): family, number of ranges, longest range in sides of the tissue.
 #: A Gaussian field with a range of four sides is a linear trend. Smooth anisotropic fields need a smooth anisotropic family:
 #: with only rough and Gaussian ones, differences between rim and core are misestimated.
-_GRID = (
-    ("exponential", 9, 1, 1),
-    ("matern", 15, 1, 1),
-    ("gaussian", 20, 4, 1),
-    ("exponential", 6, 1, 3),
-    ("matern", 6, 1, 3),
-    ("gaussian", 6, 1, 3),
-    ("matern", 6, 1, 6),
-)
+_GRID = {
+    1: (("exponential", 9, 1), ("matern", 15, 1), ("gaussian", 20, 4)),
+    3: (("exponential", 6, 1), ("matern", 6, 1), ("gaussian", 6, 1)),
+    6: (("matern", 6, 1),),
+}
 _DIRECTIONS = 4
 
 
@@ -61,10 +57,10 @@ def make_blocks(xy: np.ndarray, section: np.ndarray, group: np.ndarray, max_bloc
         np.flatnonzero((section == code) & (group == side)) for code in np.unique(section) for side in (False, True)
     ]
     parts = _halve([part for part in parts if len(part)], xy, max_blocks)
+    size = np.array([len(part) for part in parts])
     of_spot = np.empty(n, int)
-    for code, part in enumerate(parts):
-        of_spot[part] = code
-    return Blocks(xy, section, of_spot, np.bincount(of_spot).astype(float))
+    of_spot[np.concatenate(parts)] = np.repeat(np.arange(len(parts)), size)
+    return Blocks(xy, section, of_spot, size.astype(float))
 
 
 def _halve(parts: list[np.ndarray], xy: np.ndarray, n: int) -> list[np.ndarray]:
@@ -89,15 +85,14 @@ def correlations(blocks: Blocks) -> Iterator[np.ndarray]:
     pitch = float(np.median(np.concatenate(nearest)))
     side = max(float(np.sqrt(6 * np.var(xy, axis=0).sum())) for xy in sections)
     parts = _Parts(blocks)
-    ratios = list(dict.fromkeys(ratio for *_, ratio in _GRID))
-    for ratio in ratios:
+    for ratio, families in _GRID.items():
+        shortest = pitch / 2 if ratio == 1 else pitch
         for turn in range(1 if ratio == 1 else _DIRECTIONS):
             angle = np.pi * turn / _DIRECTIONS
             along = np.array([np.cos(angle), np.sin(angle)]) / np.sqrt(ratio)
             across = np.array([-np.sin(angle), np.cos(angle)]) * np.sqrt(ratio)
             distances = _Distances(blocks, parts, np.column_stack([along, across]))
-            for family, n_ranges, longest, _ in (entry for entry in _GRID if entry[-1] == ratio):
-                shortest = pitch / 2 if ratio == 1 else pitch
+            for family, n_ranges, longest in families:
                 for length_scale in np.geomspace(shortest, max(longest * side, shortest), n_ranges):
                     yield distances.correlation(family, length_scale)
 

@@ -77,7 +77,6 @@ def squeeze_variance(
     proportional to ``alike``.
     """
     variances = np.asarray(variances, np.float64)
-    _check_alike(alike, len(variances))
     if len(variances) < 2:
         return variances.copy(), float(variances.mean()) if len(variances) else 0.0, 0.0
     # As in limma, since zeros would have infinite logarithms.
@@ -94,13 +93,6 @@ def squeeze_variance(
     d0 = 2 * trigamma_inverse(spread)
     prior = np.exp(expected + digamma(d0 / 2) - np.log(d0 / 2))
     return (d0 * prior + df * variances) / (d0 + df), prior, d0
-
-
-def _check_alike(alike: np.ndarray | None, n: int) -> None:
-    if alike is not None and not (
-        np.shape(alike) == (n,) and np.isfinite(alike).all() and (np.asarray(alike) > 0).all()
-    ):
-        raise ValueError(f"`alike` must be {n} positive numbers, one per gene, found shape {np.shape(alike)}")
 
 
 def _expected_logs(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray) -> tuple[float | np.ndarray, int]:
@@ -228,23 +220,48 @@ def paired_moderated_t(
     if n < 2:
         raise ValueError(f"`differences` holds {n} samples; at least 2 are needed")
     effect, unscaled, variances, df = weighted_fit(differences, design, column, weights)
-    _check_alike(alike, len(effect))
-    tested = df > 0
-    prior = VariancePrior(variances, 0.0, np.zeros(len(effect)))
+    g, tested = len(effect), df > 0
+    if alike is not None and not (
+        np.shape(alike) == (g,) and np.isfinite(alike).all() and np.all(np.greater(alike, 0))
+    ):
+        raise ValueError(f"`alike` must be {g} positive numbers, one per gene, found shape {np.shape(alike)}")
+    prior = VariancePrior(variances, 0.0, np.zeros(g))
     if moderate and tested.any():
-        _, prior_variance, d0 = squeeze_variance(
-            variances[tested], df[tested], *(None if a is None else np.asarray(a)[tested] for a in (alike, reliable))
-        )
-        scale = np.full(len(effect), np.nan)
-        scale[tested] = prior_variance
-        prior = VariancePrior(scale, d0, np.zeros(len(effect)))
+        scale = np.full(g, np.nan)
+        own = (None if a is None else np.asarray(a)[tested] for a in (alike, reliable))
+        _, scale[tested], d0 = squeeze_variance(variances[tested], df[tested], *own)
+        prior = VariancePrior(scale, d0, np.zeros(g))
         if robust and d0 > 0:
             prior = hypervariable_prior(variances, df, scale, d0, reliable)
-    floor = np.zeros(len(effect))
+    floor = np.zeros(g)
     if least is not None:
         shares = np.ones((n, 1)) if weights is None else weights / np.maximum(weights.max(0), 1e-300)
         floor = (shares * np.where(shares > 0, least, 0)).sum(0) / np.maximum((shares > 0).sum(0), 1)
-    return predictive_t(effect, unscaled, variances, df, prior, level=level, minimum=minimum, least=floor)
+    # As in limma: at most the degrees of freedom of all genes together.
+    total = np.minimum(prior.d0 + df, df.sum())
+    two_kinds = prior.outlier.any()
+    shares = np.stack([1 - prior.outlier, prior.outlier] if two_kinds else [1 - prior.outlier])  # (kinds, g)
+    scales = np.stack([prior.scale, prior.factor * prior.scale] if two_kinds else [prior.scale])
+    if prior.d0 == 0:
+        squeezed = variances[None]
+    else:
+        squeezed = scales if np.isinf(prior.d0) else (prior.d0 * scales + df * variances) / (prior.d0 + df)
+    squeezed = np.maximum(squeezed, floor)
+    errors = np.where(squeezed > 0, unscaled * np.sqrt(np.maximum(squeezed, 0)), np.nan)
+    error = np.sqrt((shares * np.square(errors)).sum(0))
+    size = np.abs(effect)
+
+    def tail(distance: np.ndarray) -> np.ndarray:
+        return (shares * stats.t.sf(distance / errors, total)).sum(0)
+
+    pvalues = np.minimum(tail(size - minimum) + tail(size + minimum), 1.0)
+    low, high = np.zeros(g), stats.t.ppf(0.5 + level / 2, total) * np.fmax.reduce(errors)
+    for _ in range(60 if two_kinds else 0):
+        middle = (low + high) / 2
+        inside = tail(middle) > 0.5 - level / 2
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    scores = np.sign(effect) * np.maximum(size - minimum, 0) / error
+    return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))
 
 
 def weighted_fit(
@@ -279,48 +296,6 @@ def weighted_fit(
     variances = np.where(known, (weights * np.square(rest)).sum(0) / np.maximum(df, 1), np.nan)
     unscaled = np.where(known, np.sqrt(inverse[:, column, column]), np.nan) / scale[column]
     return np.where(known, fit[:, column], np.nan) / scale[column], unscaled, variances, df
-
-
-def predictive_t(
-    effect: np.ndarray,
-    unscaled: np.ndarray,
-    variances: np.ndarray,
-    df: np.ndarray,
-    prior: VariancePrior,
-    *,
-    level: float = 0.95,
-    minimum: float = 0.0,
-    least: np.ndarray | float = 0.0,
-) -> SampleTest:
-    """T test with the posterior variance, at least ``least``; for two kinds of genes, the weighted mean of both tests."""
-    # As in limma: at most the degrees of freedom of all genes together.
-    total = np.minimum(prior.d0 + df, df.sum())
-    kinds = [(1 - prior.outlier, prior.scale)]
-    if prior.outlier.any():
-        kinds.append((prior.outlier, prior.factor * prior.scale))
-    shares = [share for share, _ in kinds]
-    squeezed = [
-        scale if np.isinf(prior.d0) else (prior.d0 * scale + df * variances) / (prior.d0 + df) for _, scale in kinds
-    ]
-    if prior.d0 == 0:
-        squeezed = [variances]
-    squeezed = [np.maximum(v, least) for v in squeezed]
-    errors = [np.where(v > 0, unscaled * np.sqrt(np.maximum(v, 0)), np.nan) for v in squeezed]
-    error = np.sqrt(sum(share * np.square(e) for share, e in zip(shares, errors, strict=True)))
-    size = np.abs(effect)
-
-    def tail(distance: np.ndarray) -> np.ndarray:
-        tails = (share * stats.t.sf(distance / e, total) for share, e in zip(shares, errors, strict=True))
-        return sum(tails, start=np.zeros(len(effect)))
-
-    pvalues = np.minimum(tail(size - minimum) + tail(size + minimum), 1.0)
-    low, high = (np.full(len(effect), 0.0), stats.t.ppf(0.5 + level / 2, total) * np.fmax.reduce(errors))
-    for _ in range(60 if len(kinds) > 1 else 0):
-        middle = (low + high) / 2
-        inside = tail(middle) > 0.5 - level / 2
-        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-    scores = np.sign(effect) * np.maximum(size - minimum, 0) / error
-    return SampleTest(effect, effect - high, effect + high, scores, pvalues, np.asarray(total, np.float64))
 
 
 def depth_followed(

@@ -31,7 +31,7 @@ def covariance_of(
     weight = min(n_inside, m)
     share = weight / n_inside if n_inside else 0.0
     n_terms = moments.contrasts.shape[0] + weight
-    counts = np.array(moments.n_contrasts) + share * np.array(moments.n_inside)
+    counts = moments.n_contrasts + share * moments.n_inside
     coefficient = moments.label / moments.size * moments.sides
     unseen = moments.unseen / moments.size**2
     means = np.stack([moments.sections.T * side for side in moments.sides])  # (2, s, m)
@@ -54,10 +54,7 @@ def covariance_of(
     side_variances = _variances(moments)
     least = np.exp(-2 * _MAX_RATIO) * side_variances[::-1]
     lacking = np.where(side_variances < least, least, 0).astype(np.float32)
-    plain = (
-        np.stack([(moments.energy[i] + inside[i] + counts[i] * lacking[i]) * shrink[i] for i in (0, 1)]).sum(0)
-        / n_terms
-    )
+    plain = ((moments.energy + inside + counts[:, None] * lacking)[:, None] * shrink).sum(0) / n_terms
     plain = np.where(plain > 0, plain, 1)  # a constant gene has no scale
     jitter = (JITTER * plain).astype(np.float32)
     penalty: np.ndarray = _TAIL * np.log1p(np.square(ratios / _SCALE)) + 0.5 * (counts[0] - counts[1]) * ratios
@@ -81,7 +78,7 @@ def covariance_of(
 
     level = -0.5 * n_terms * np.log(plain * (1 + JITTER)) - penalty
     add(level, plain * white_own, plain * white_total, slice(0, g))
-    in_blocks: np.ndarray = inside + share * np.array(moments.n_inside)[:, None] * lacking
+    in_blocks: np.ndarray = inside + share * moments.n_inside[:, None] * lacking
     shrink, penalty, in_blocks, white_own, white_total = (
         array.astype(np.float32) for array in (shrink, penalty, in_blocks, white_own, white_total)
     )
@@ -96,7 +93,10 @@ def covariance_of(
         local = correlation - floor * np.where(together, shared, 0)
         own = coefficient @ local @ coefficient.T
         if samples is not None:
-            own *= _sample_inflation(coefficient.sum(0), local, section, samples)
+            # Sections of a sample, such as serial ones, may have the same field. Their true correlation is unknown: take 1.
+            label = coefficient.sum(0)
+            roots = np.sqrt(np.maximum(np.bincount(section, label * (local @ label), len(samples)), 0))
+            own *= np.square(np.bincount(samples, roots)).sum() / max(np.square(roots).sum(), 1e-300)
         own += np.diag(unseen * rest)
         # each spot has variance 1; subtract the part of the section means
         trace = np.diag(side_sizes) * (1 - floor) - np.einsum("asi,ij,bsj->ab", means, local, means, optimize=True)
@@ -134,15 +134,6 @@ def covariance_of(
     return variance * moments.scale, spread, total * moments.scale
 
 
-def _sample_inflation(label: np.ndarray, local: np.ndarray, section: np.ndarray, samples: np.ndarray) -> float:
-    """Factor of the variance of the effect if the sections of a sample have the same field, such as serial sections.
-
-    Their true correlation is unknown, so it is assumed to be 1.
-    """
-    roots = np.sqrt(np.maximum(np.bincount(section, label * (local @ label), len(samples)), 0))
-    return float(np.square(np.bincount(samples, roots)).sum() / max(np.square(roots).sum(), 1e-300))
-
-
 def _ratios(moments: Moments) -> np.ndarray:
     """Log ratios of the groups' SDs ``(k, g)``: the grid, stretched so that it contains the observed ratio of the gene."""
     variances = _variances(moments)
@@ -159,5 +150,5 @@ def _ratios(moments: Moments) -> np.ndarray:
 
 def _variances(moments: Moments) -> np.ndarray:
     """Residual variances of both sides ``(2, g)``; NaN if a side has no more spots than sections."""
-    counts = np.array(moments.n_contrasts) + moments.n_inside
+    counts = moments.n_contrasts + moments.n_inside
     return (moments.energy + moments.inside) / np.where(counts > 0, counts, np.nan)[:, None]

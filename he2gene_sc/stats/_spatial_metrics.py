@@ -84,7 +84,11 @@ def ssim_on_grid(a: np.ndarray, b: np.ndarray, rows: np.ndarray, columns: np.nda
     same cell are averaged.
     """
     a, b = np.asarray(a), np.asarray(b)
-    cell, shape = _cells(np.asarray(rows), np.asarray(columns))
+    rows, columns = np.asarray(rows) - np.min(rows), np.asarray(columns) - np.min(columns)
+    if len(rows) > 1 and len(np.unique((rows + columns) % 2)) == 1 and columns.max() > 1:
+        columns = columns // 2
+    shape = int(rows.max()) + 1, int(columns.max()) + 1
+    cell = rows * shape[1] + columns
     side = min(_WINDOW, *shape)
     side -= 1 - side % 2
     result = np.full(a.shape[1], np.nan)
@@ -125,12 +129,3 @@ def _box_sum(maps: np.ndarray, side: int) -> np.ndarray:
     from scipy.ndimage import uniform_filter
 
     return uniform_filter(maps, size=(0, side, side)) * side**2
-
-
-def _cells(rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Flat index of the cell of each spot, and the shape of the grid."""
-    rows, columns = rows - rows.min(), columns - columns.min()
-    if len(rows) > 1 and len(np.unique((rows + columns) % 2)) == 1 and columns.max() > 1:
-        columns = columns // 2
-    shape = (int(rows.max()) + 1, int(columns.max()) + 1)
-    return rows * shape[1] + columns, shape

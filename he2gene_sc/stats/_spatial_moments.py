@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg
@@ -17,114 +16,79 @@ CHUNK, _NUMBERS = 1024, 2**23
 _MIN_SD = 1e-6
 
 
-@dataclass(frozen=True)
 class Moments:
     """Statistics of all genes in the basis of blocks; pairs are for the group and for the other spots."""
 
-    effect: np.ndarray  # (g,)
-    contrasts: np.ndarray  # (q, g) float32, residuals in the complement of section × group means, in units of `scale`
-    energy: np.ndarray  # (2, g) sums of squares of the contrasts
-    inside: np.ndarray  # (2, g) sums of squares of the residuals within blocks, in units of `scale`
-    scale: np.ndarray  # (g,) residual variance for independent spots; NaN for a constant gene
-    label: np.ndarray  # (m,) label without section means and covariates
-    size: float  # sum of squares of the label over the spots
-    unseen: np.ndarray  # (2,) sums of squares of the label within blocks
-    complement: np.ndarray  # (m, q), columns of the group first
-    n_contrasts: tuple[int, ...]
-    n_inside: tuple[int, ...]
-    sides: np.ndarray  # (2, m) masks of the blocks in the group, and of the others
-    sections: np.ndarray  # (m, s) unit vectors
-    n_free: int  # residual degrees of freedom of the spots
-
-    @classmethod
-    def from_values(
-        cls, values: np.ndarray, group: np.ndarray, codes: np.ndarray, blocks: Blocks, design: Design
-    ) -> Moments:
+    def __init__(self, values: np.ndarray, group: np.ndarray, blocks: Blocks, design: Design) -> None:
         """Compute the statistics of values ``(n, g)``."""
         n, g = values.shape
-        label, sections = design.label, design.sections
+        label, sections, masks = design.label, design.sections, (group, ~group)
         in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
+        #: (m, s) unit vectors, and (m,) label without section means and covariates
+        self.sections, self.label = in_blocks[:, :-1], in_blocks[:, -1]
+        self.size = float(label @ label)  # sum of squares of the label over the spots
         first = np.zeros(len(blocks.size), int)
         first[blocks.of_spot] = np.arange(n)
-        masks = (group, ~group)
-        sides = np.stack([group[first], ~group[first]])
+        self.sides = np.stack(
+            [mask[first] for mask in masks]
+        )  # (2, m) masks of the blocks in the group, and of the others
         own = np.column_stack([label * mask for mask in masks])
-        unseen = np.maximum(np.square(own).sum(0) - np.square(blocks.project(own)).sum(0), 0)
+        #: (2,) sums of squares of the label within blocks
+        self.unseen = np.maximum(np.square(own).sum(0) - np.square(blocks.project(own)).sum(0), 0)
         parts = [
-            _complement(blocks.project(basis)[side], side) for basis, side in zip(design.bases, sides, strict=True)
+            _complement(blocks.project(basis)[side], side) for basis, side in zip(design.bases, self.sides, strict=True)
         ]
-        n_contrasts = tuple(part.shape[1] for part in parts)
-        n_inside = tuple(int(mask.sum() - side.sum()) for side, mask in zip(sides, masks, strict=True))
-        complement = np.hstack(parts)
-        n_free = n - sum(basis.shape[1] for basis in design.bases)
-        effect, scale, inside, energies = np.empty(g), np.empty(g), np.zeros((2, g)), np.empty((2, g))
-        contrasts = np.empty((complement.shape[1], g), np.float32)
+        self.complement = np.hstack(parts)  # (m, q), columns of the group first
+        self.n_contrasts = np.array([part.shape[1] for part in parts])
+        self.n_inside = np.stack(masks).sum(1) - self.sides.sum(1)
+        self.n_free = n - sum(basis.shape[1] for basis in design.bases)  # residual degrees of freedom of the spots
+        self.effect = np.empty(g)
+        self.scale = np.empty(g)  # residual variance for independent spots; NaN for a constant gene
+        #: (q, g) residuals in the complement of section × group means, in units of `scale`
+        self.contrasts = np.empty((self.complement.shape[1], g), np.float32)
+        self.energy = np.empty((2, g))  # sums of squares of the contrasts
+        self.inside = np.zeros((2, g))  # sums of squares of the residuals within blocks, in units of `scale`
         for part in gene_chunks(n, g):
             chunk = values[:, part].astype(np.float64)
             size = np.abs(chunk).max(0)
             # NaN spreads to every mean; such genes are left out below.
             with np.errstate(invalid="ignore"):
-                effect[part], chunk = design.fit(chunk)
+                self.effect[part], chunk = design.fit(chunk)
             both = np.stack([np.einsum("ij,ij->j", chunk[mask], chunk[mask]) for mask in masks])
             energy = both.sum(0)
             varies = np.isfinite(energy) & (energy > (1e-7 * size) ** 2 * n)
             chunk[:, ~varies], both[:, ~varies] = 0, 0
-            scale[part] = np.where(varies, energy, np.nan) / n_free
-            unit = np.where(varies, np.sqrt(energy / n_free), 1)
-            chunk = complement.T @ blocks.project(chunk) / unit
-            contrasts[:, part] = chunk
-            for i, rows in enumerate((slice(n_contrasts[0]), slice(n_contrasts[0], None))):
-                energies[i, part] = np.einsum("ij,ij->j", chunk[rows], chunk[rows])
-                if n_inside[i]:
-                    inside[i, part] = np.maximum(both[i] / unit**2 - energies[i, part], 0)
-        return cls(
-            effect=effect,
-            contrasts=contrasts,
-            energy=energies,
-            inside=inside,
-            scale=scale,
-            label=in_blocks[:, -1],
-            size=float(label @ label),
-            unseen=unseen,
-            complement=complement,
-            n_contrasts=n_contrasts,
-            n_inside=n_inside,
-            sides=sides,
-            sections=in_blocks[:, :-1],
-            n_free=n_free,
-        )
+            self.scale[part] = np.where(varies, energy, np.nan) / self.n_free
+            unit = np.where(varies, np.sqrt(energy / self.n_free), 1)
+            self.contrasts[:, part] = chunk = self.complement.T @ blocks.project(chunk) / unit
+            for i, rows in enumerate((slice(self.n_contrasts[0]), slice(self.n_contrasts[0], None))):
+                self.energy[i, part] = np.einsum("ij,ij->j", chunk[rows], chunk[rows])
+                if self.n_inside[i]:
+                    self.inside[i, part] = np.maximum(both[i] / unit**2 - self.energy[i, part], 0)
 
 
-@dataclass(frozen=True)
 class Design:
     """Label, sections and covariates of the spots.
 
     The effect is estimated by least squares with common slopes. Residuals, which give the covariance, have slopes by group.
     """
 
-    label: np.ndarray  # (n,) label without section means and covariates
-    sections: np.ndarray  # (n, s) 0 or 1
-    shared: np.ndarray  # (n, c) unit vectors of the covariates within sections
-    # (n, q) each, for the group and for the other spots: unit vectors of section means and covariates
-    bases: tuple[np.ndarray, np.ndarray]
-
-    @classmethod
-    def from_groups(cls, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> Design:
+    def __init__(self, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> None:
         """Make the design of a group ``(n,)`` bool and section codes ``(n,)``."""
         n = len(group)
         covariates = np.empty((n, 0)) if covariates is None else _standardise(np.asarray(covariates, np.float64))
-        sections = (codes[:, None] == np.unique(codes)).astype(float)
-        centred = covariates - _means(covariates, sections)
-        shared = _basis(centred)
+        self.sections = sections = (codes[:, None] == np.unique(codes)).astype(float)  # (n, s)
+        #: (n, c) unit vectors of the covariates within sections
+        self.shared = _basis(covariates - _means(covariates, sections))
         label = group - _means(group.astype(float)[:, None], sections)[:, 0]
-        label = label - shared @ (shared.T @ label)
-        bases = []
+        self.label = label - self.shared @ (self.shared.T @ label)  # (n,) without section means and covariates
+        #: (n, q) each, for the group and for the other spots: unit vectors of section means and covariates
+        self.bases = []
         for side in (group, ~group):
             cells = sections * side[:, None]
             cells = cells[:, cells.any(0)]
             inside = (covariates - _means(covariates, cells)) * side[:, None]
-            bases.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
-        return cls(label, sections, shared, (bases[0], bases[1]))
+            self.bases.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
 
     def fit(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Effects ``(g,)`` and residuals ``(n, g)``."""

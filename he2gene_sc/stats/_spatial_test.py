@@ -53,16 +53,6 @@ def spatial_test(
     sections, not about other patients. The ``check_top`` genes with the smallest p-values are checked by ``n_perms`` Moran
     spectral randomisations (Wagner & Dray 2015, triplets); if this p-value is above 0.05, the larger one is reported. The effect is
     at equal ``covariates`` ``(n, c)``.
-
-    Examples
-    --------
-    >>> import he2gene_sc as hg
-    >>> from he2gene_sc.stats import log_normalise, spatial_test
-    >>> table = hg.datasets.toy()["table"]
-    >>> left = table.obsm["spatial"][:, 0] < table.obsm["spatial"][:, 0].mean()
-    >>> test = spatial_test(log_normalise(table.X), left, table.obsm["spatial"])
-    >>> test.pvalues.shape == (table.n_vars,)
-    True
     """
     values, group = np.asarray(values), np.asarray(group)
     xy, codes = _check_arguments(values, group, xy, sections, level, check_top, n_perms)
@@ -71,17 +61,20 @@ def spatial_test(
     # Threads do not speed up small matrices, and on a busy machine they wait for each other for minutes.
     with threadpool_limits(1, user_api="blas"):
         blocks = make_blocks(xy, codes, group)
-        moments = Moments.from_values(values, group, codes, blocks, design)
+        moments = Moments(values, group, blocks, design)
         variance, spread, total = covariance_of(moments, blocks, owners)
         # A normal with uncertain variance is approximated by a t of equal variance and kurtosis; without a field it is Student's t.
         df = np.minimum(4 + 2 / spread, moments.n_free)
         error = np.sqrt(variance * moments.n_free / (moments.n_free - 2) * (df - 2) / df)
-        result = SpatialTest(
-            **t_test(moments.effect, error, df, level).__dict__,
-            n_effective=np.minimum(1 + total / (variance * moments.size), len(values)),
-            pvalues_check=np.full(values.shape[1], np.nan),
-        )
-        return _randomise_top(result, values, design, moments, blocks, check_top, n_perms, seed)
+        test = t_test(moments.effect, error, df, level)
+        n_effective = np.minimum(1 + total / (variance * moments.size), len(values))
+        checked = np.full(values.shape[1], np.nan)
+        top = np.argsort(test.pvalues, kind="stable")[:check_top]
+        top = top[np.isfinite(test.pvalues[top])]
+        if len(top):
+            checked[top] = _randomise(values[:, top], design, moments, blocks, n_perms, seed)
+    pvalues = np.where(checked > _CHECK_LEVEL, np.maximum(test.pvalues, checked), test.pvalues)
+    return SpatialTest(**vars(replace(test, pvalues=pvalues)), n_effective=n_effective, pvalues_check=checked)
 
 
 def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,28 +96,17 @@ def wilcoxon_test(values: np.ndarray, group: np.ndarray) -> tuple[np.ndarray, np
     return scores, 2 * stats.norm.sf(np.abs(scores))
 
 
-def _randomise_top(
-    result: SpatialTest,
-    values: np.ndarray,
-    design: Design,
-    moments: Moments,
-    blocks: Blocks,
-    check_top: int,
-    n_perms: int,
-    seed: int,
-) -> SpatialTest:
-    """Randomise the top genes within triplets of Moran eigenvectors; raise p-values that are not confirmed."""
-    genes = np.argsort(result.pvalues, kind="stable")[:check_top]
-    genes = genes[np.isfinite(result.pvalues[genes])]
-    if not len(genes):
-        return result
+def _randomise(
+    values: np.ndarray, design: Design, moments: Moments, blocks: Blocks, n_perms: int, seed: int
+) -> np.ndarray:
+    """P-values ``(g,)`` of values ``(n, g)`` by randomisation within triplets of Moran eigenvectors."""
     sections = moments.sections
     centring = np.eye(len(sections)) - sections @ sections.T
     vectors = np.linalg.eigh(centring @ next(correlations(blocks)) @ centring)[1][:, ::-1]
     # the last ones are the section means
     vectors = vectors[:, : vectors.shape[1] - sections.shape[1]]
     triplets = np.arange(vectors.shape[1]) // 3
-    chosen = blocks.project(design.residuals(values[:, genes].astype(np.float64)))
+    chosen = blocks.project(design.residuals(values.astype(np.float64)))
     share = np.bincount(triplets, np.square(vectors.T @ moments.label))
     power = np.stack([np.bincount(triplets, column) for column in np.square(vectors.T @ chosen).T], axis=1)
     # a random rotation of a triplet preserves its energy and draws the cosine of its angle with the triplet of the label
@@ -134,11 +116,7 @@ def _randomise_top(
     cosine = directions[:, :, 0] / np.linalg.norm(directions, axis=2)
     drawn = np.abs(cosine @ np.sqrt(share[:, None] * power))
     observed = np.abs(moments.label @ chosen)
-    checked = (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
-    pvalues, pvalues_check = result.pvalues.copy(), result.pvalues_check.copy()
-    pvalues_check[genes] = checked
-    pvalues[genes] = np.where(checked > _CHECK_LEVEL, np.maximum(pvalues[genes], checked), pvalues[genes])
-    return replace(result, pvalues=pvalues, pvalues_check=pvalues_check)
+    return (1 + (drawn >= observed).sum(0)) / (n_perms + 1)
 
 
 def _sample_codes(codes: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -159,8 +137,7 @@ def _make_design(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | 
         np.ndim(covariates) != 2 or len(covariates) != n or not np.isfinite(covariates).all()
     ):
         raise ValueError(f"`covariates` must be ({n}, c) finite numbers, found shape {np.shape(covariates)}")
-    design = Design.from_groups(group, codes, covariates)
-    plain = Design.from_groups(group, codes).label
+    design, plain = Design(group, codes, covariates), Design(group, codes).label
     if design.label @ design.label < 1e-6 * (plain @ plain):
         raise ValueError(
             "`covariates` (or the depth of the spots) separate the group from the reference completely; leave them out (depth=None)"

@@ -21,14 +21,10 @@ _LEVEL_FROM, _LEVEL_TO = 0.5, 0.8
 _MIN_BLOCKS, _MAX_BLOCKS, _BLOCK_SPOTS = 3, 10, 4
 
 
-def blocks_of(xy: np.ndarray, n_blocks: int, seed: int) -> np.ndarray:
-    """Codes of compact blocks of spots."""
-    return KMeans(min(n_blocks, len(xy)), n_init=1, random_state=seed).fit_predict(xy)
-
-
 def evidence_blocks(xy: np.ndarray, seed: int) -> np.ndarray:
-    """Blocks of measured spots that are treated as independent: 3 to 10."""
-    return blocks_of(xy, int(np.clip(len(xy) // _BLOCK_SPOTS, _MIN_BLOCKS, _MAX_BLOCKS)), seed)
+    """Codes of 3 to 10 compact blocks of measured spots, which are treated as independent."""
+    n = np.clip(len(xy) // _BLOCK_SPOTS, _MIN_BLOCKS, _MAX_BLOCKS)
+    return KMeans(min(int(n), len(xy)), n_init=1, random_state=seed).fit_predict(xy)
 
 
 def support(
@@ -36,7 +32,7 @@ def support(
     known: np.ndarray,
     folds: np.ndarray,
     features: list[np.ndarray],
-    classes: np.ndarray | None,
+    classes: np.ndarray,
     *,
     seed: int = 0,
 ) -> np.ndarray:
@@ -44,18 +40,16 @@ def support(
 
     Position: 1 up to the largest distance in the folds, 0 from twice this distance. Class: 0 with fewer than three measured spots.
     """
-    result = np.ones(len(xy))
     if known.all():
-        return result
+        return np.ones(len(xy))
     at = xy[known]
     longest = max(cKDTree(at[folds != f]).query(at[folds == f])[0].max() for f in np.unique(folds))
     distance = cKDTree(at).query(xy)[0]
     result = np.clip(2 - distance / max(longest, 1e-12), 0, 1)
     for values in features:
         result = np.minimum(result, feature_support(values, xy, known, seed=seed))
-    if classes is not None:
-        measured = np.bincount(classes[known & (classes >= 0)], minlength=max(classes.max(), 0) + 1)
-        result[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
+    measured = np.bincount(classes[known & (classes >= 0)], minlength=max(classes.max(), 0) + 1)
+    result[(classes >= 0) & (measured[classes] < _MIN_OF_CLASS)] = 0
     result[known] = 1
     return result
 
@@ -78,7 +72,7 @@ def feature_support(features: np.ndarray, xy: np.ndarray, known: np.ndarray, *, 
         return np.ones(len(xy))
     fold = np.empty(len(xy), int)
     for part in (known, ~known):
-        fold[part] = blocks_of(xy[part], n_folds, seed)
+        fold[part] = KMeans(n_folds, n_init=1, random_state=seed).fit_predict(xy[part])
     z = np.zeros(len(xy))
     for f in range(n_folds):
         rest, held = fold != f, fold == f

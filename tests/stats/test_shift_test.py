@@ -7,7 +7,6 @@ from sklearn import metrics
 
 from he2gene_sc.stats import (
     _domains,
-    _shift_test,
     admissible_shifts,
     agreement,
     chaos,
@@ -119,7 +118,7 @@ def test_shifts_of_many_spots_are_tested_on_a_subset_first(monkeypatch):
     xy = lattice(20, 60)[::-1]
     found = admissible_shifts(xy, n_max=60)
     assert len(found) == 60
-    monkeypatch.setattr(_shift_test, "_PROBES", len(xy))
+    monkeypatch.setattr(_domains, "_PROBES", len(xy))
     np.testing.assert_array_equal(found, admissible_shifts(xy, n_max=60))
 
 
