@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class HeldOut:
     logits: tuple[np.ndarray, ...]  # per section (n, c) before calibration; NaN without labels
     parts: tuple[np.ndarray, ...]  # per section (n,) codes
     calibration: Calibration | None = None
-    programmes: np.ndarray | None = None  # (2, sections, sets) correlations of scores, plain and given depth
+    #: (2, sections, sets) correlations of the scores of gene sets, plain and given depth
+    programmes: np.ndarray = field(default_factory=lambda: np.empty((2, 0, 0)))
 
 
 #: Largest difference from a mean, relative to it, that is taken as rounding error.

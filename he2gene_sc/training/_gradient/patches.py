@@ -215,19 +215,14 @@ def neighbour_table(
         tree = KDTree(coordinates[rows])
         # One more, since the nearest spot is the spot itself.
         distance, found = tree.query(coordinates[rows], k=min(N_NEIGHBOURS + 1, len(rows)))
-        pitch = _pitch(distance) if pitch_um is None else pitch_um
+        pitch, to_others = pitch_um, distance[:, 1:]
+        if pitch is None:
+            pitch = to_others[to_others <= 1.3 * np.median(to_others[:, 0])].mean()
         near = (found != np.arange(len(rows))[:, None]) & (distance <= _MAX_DISTANCE * pitch)
         for row, (candidates, kept) in enumerate(zip(found, near, strict=True)):
             chosen = candidates[kept][:N_NEIGHBOURS]
             table[rows[row], : len(chosen)] = rows[chosen]
     return table
-
-
-def _pitch(distance: np.ndarray) -> float:
-    """Estimate the pitch from the distances ``(n, k)`` of each spot to itself and its neighbours."""
-    nearest = np.median(distance[:, 1])
-    to_others = distance[:, 1:]
-    return float(to_others[to_others <= 1.3 * nearest].mean())
 
 
 class Split(NamedTuple):
@@ -236,12 +231,6 @@ class Split(NamedTuple):
     unit: str
     train: np.ndarray
     held_out: np.ndarray
-
-    def allowed_neighbours(self, n: int) -> np.ndarray:
-        """Return which of ``n`` spots may serve as neighbours: training spots, or all in the validation of the paper."""
-        allowed = np.full(n, self.unit == "spot")
-        allowed[self.train] = True
-        return allowed
 
 
 def split(

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from ...models._encoders.load import encoder_sha256
 from ...models._model import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
+from .._sections import Section, group_codes
 from .fit import Fitted, fit_network
 from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, reliable_rule, variable_genes
 from .patches import PatchSet, Split, Targets, balanced_folds, column_means, neighbour_table, split
 from .presets import Preset
 from .run_options import RunOptions
-
-if TYPE_CHECKING:
-    from .._sections import Section
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
@@ -34,7 +32,6 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
     ``patches`` ``(n, 3, s, s)`` uint8 are those of all sections. Features are not used, and targets stay sparse.
     """
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
-    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
     targets = Targets([section.targets.tocsr() for section in sections], np.stack([s.measured for s in sections]))
     centres = np.concatenate([section.centres_um for section in sections])
     return PatchSet(
@@ -42,7 +39,7 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
         targets=targets,
         codes=np.concatenate([section.codes for section in sections]),
         sections=codes,
-        patients=np.array([patients[section.patient] for section in sections])[codes],
+        patients=group_codes(sections, "patient"),
         target_mask=target_mask(targets, np.arange(len(codes)), n_target),
         coordinates=centres,
         neighbours=neighbour_table(centres, None, codes) if neighbours else None,
@@ -148,8 +145,7 @@ def _describe(
     metrics: dict[str, Any],
     found: list[HeldOutSection],
 ) -> HE2Gene:
-    patient_of = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
-    patients = [patient_of[i] for i in sorted(patient_of)]
+    patients = data.patients[np.unique(data.sections, return_index=True)[1]]
     variable = variable_genes(data, np.arange(len(data)))
     mean = column_means(data.targets, np.arange(len(data)))
     genes = gene_figures(found, fitted.unit, patients)
