@@ -42,7 +42,6 @@ class Calibration:
     level_edges: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the arrays for a model folder."""
         return {f"intervals.{name}": x for name, x in vars(self).items() if name != "spots" and x is not None}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 
@@ -39,17 +39,17 @@ def expression_figures(
             partial_correlations(panel, section.totals, parts) for section, panel, parts in own
         ],
         **{title: [panel.scores() for panel in baseline.panel] for title, baseline in baselines.items()},
-        "noise ceiling": [_ceiling(section, panel) for section, panel, _ in own],
+        "noise ceiling": [
+            panel.means(np.nan_to_num(noise_ceiling(with_unmodelled_counts(section), genes=panel.genes)))
+            for section, panel, _ in own
+        ],
     }
     figures: dict[str, dict[str, object]] = {}
     for i, panel_title in enumerate(_panel_titles(held_out)):
         for title, values in tables.items():
-            row: dict[str, object] = {}
-            for section, found in zip(sections, values, strict=True):
-                if title != BLOCK_BOOTSTRAP:
-                    row[section.name] = _round(found[i])
-                elif np.isfinite(found).all():
-                    row[section.name] = [_round(end) for end in found[i]]
+            found = zip(sections, values, strict=True)
+            # Sections with too few blocks have no interval.
+            row = {s.name: _round(x[i]) for s, x in found if title != BLOCK_BOOTSTRAP or np.isfinite(x).all()}
             if row:
                 figures[f"{title}, {panel_title}"] = row
     return figures
@@ -77,23 +77,17 @@ def paired_figures(
             }
             row[f"mean of {group_unit}s"] = _round(mean[i])
             if np.isfinite(low[i]):
-                row["95 % interval"] = [_round(low[i]), _round(high[i])]
+                row["95 % interval"] = _round([low[i], high[i]])
             figures[f"{PAIRED} {name}, {title}"] = row
     return figures
 
 
-def partial_correlations(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
+def partial_correlations(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean partial correlations of both panels given counts ``(n,)``, centred by part if there are several."""
     depth = Depth.fit(totals, parts)
     measured = np.nan_to_num(panel.measured)
     varies = np.isfinite(pearson(panel.predicted, measured))
-    target, variable = panel.means(np.where(varies, np.nan_to_num(depth.partial(panel.predicted, measured)), 0))
-    return float(target), float(variable)
-
-
-def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    genes = np.concatenate([panel.target, panel.variable])
-    return panel.means(np.nan_to_num(noise_ceiling(with_unmodelled_counts(section), genes=genes)))
+    return panel.means(np.where(varies, np.nan_to_num(depth.partial(panel.predicted, measured)), 0))
 
 
 def interval(panel: Panel, centres_um: np.ndarray) -> np.ndarray:
@@ -234,5 +228,5 @@ def labelled_logits(sections: Sequence[Section], logits: Sequence[np.ndarray]) -
     return scores[rows], codes[rows]
 
 
-def _round(value: SupportsFloat) -> float:
-    return round(float(value), _N_DIGITS)
+def _round(value: Any) -> Any:
+    return [_round(x) for x in value] if np.ndim(value) else round(float(value), _N_DIGITS)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
 
 from ..stats import noise_ceiling
+from ._held_out import HeldOut
+from ._metadata import ModelMetadata
 from ._sections import Section, groups_of
-
-if TYPE_CHECKING:
-    from ._held_out import HeldOut
-    from ._metadata import ModelMetadata
 
 #: Lower bound of the held-out correlation above which a gene may be called reliable.
 RELIABLE_PCC = 0.1
@@ -111,9 +108,9 @@ def is_better(differences: Mapping[str, np.ndarray]) -> np.ndarray:
 def section_pcc(sections: Sequence[Section], pcc: np.ndarray) -> np.ndarray:
     """Return correlations per section, with 0 for constant genes and NaN for genes that were not measured."""
     # By section, since arrays of all sections and genes are large.
-    found = np.empty(pcc.shape)
-    for own, section, values in zip(found, sections, pcc, strict=True):
-        own[:] = np.where(section.measured, np.nan_to_num(values), np.nan)
+    found = np.array(pcc)
+    for own, section in zip(found, sections, strict=True):
+        own[:] = np.where(section.measured, np.nan_to_num(own), np.nan)
     return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..stats import pearson, set_ceiling
-from ._held_out import Depth, centre_by_part
+from ..stats import SetScores, pearson, set_ceiling
+from ._held_out import Depth, HeldOut, centre_by_part
+from ._metadata import Programmes
 from ._predictability import (
     MIN_GROUPS,
     RELIABLE_PCC,
@@ -19,24 +20,20 @@ from ._predictability import (
 )
 from ._sections import Section, groups_of
 
-if TYPE_CHECKING:
-    from ._held_out import HeldOut
-    from ._metadata import Programmes
-
 #: Fewest measured genes of a set for a score.
 MIN_GENES = 5
 
 
 def compare_scores(
-    predicted: np.ndarray, measured: np.ndarray, used: np.ndarray, depth: Depth, parts: np.ndarray
+    scores: Sequence[SetScores], used: np.ndarray, depth: Depth, parts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Correlate predicted and measured scores of one section, ``(n, sets)`` each, plain and given depth.
+    """Correlate predicted and measured scores of one section, plain and given depth, ``(sets,)`` each.
 
     ``used`` ``(sets,)`` is the number of measured genes of each set; the result is NaN if they are too few.
     """
-    pair = centre_by_part(predicted, parts), centre_by_part(measured, parts)
+    predicted, measured = (centre_by_part(score.t(), parts) for score in scores)
+    plain, partial = pearson(predicted, measured), depth.partial(predicted, measured)
     enough = used >= MIN_GENES
-    plain, partial = pearson(*pair), depth.partial(*pair)
     return np.where(enough, np.nan_to_num(plain), np.nan), np.where(enough, np.nan_to_num(partial), np.nan)
 
 

@@ -167,7 +167,7 @@ def build_model(
     px, tiled = metadata.encoder.input_px, metadata.tiles is not None
     detector_tensors, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
     tensors |= detector_tensors
-    without_rings = {}
+    without_rings: dict[str, float | None] = {}
     if choice.without_rings is not None:
         without_rings["penalty_without_neighbours"] = choice.without_rings.penalty
         without_rings["rank_without_neighbours"] = choice.without_rings.rank
@@ -259,8 +259,7 @@ def _fit_colour(
     """Fit a ridge on colour only, for the genes of both panels."""
     basis = fit_basis(colour, rows, recipe)
     sums = fit_sums(colour, rows, basis, recipe.power)
-    usable = basis.scale > 0
-    to_embedding = reciprocal(basis.scale, usable)[:, None] * (basis.projection @ basis.mixing)
+    to_embedding = reciprocal(basis.scale, basis.scale > 0)[:, None] * (basis.projection @ basis.mixing)
     weight = to_embedding @ sums.weights(choice)[:, genes]
     return {
         "colour.weight": weight.astype(np.float32),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import scipy.linalg
@@ -82,14 +81,6 @@ class Sums:
     power: float  # unit of the penalty
     without_rings: Sums | None = None  # of the half without neighbours; the other fields are of the half with them
 
-    @cached_property
-    def root(self) -> np.ndarray:
-        """Lower Cholesky factor of the sum of squares over all sections, ``(k, k)``."""
-        total = self.gram.sum(0)
-        # A constant reference has no squares.
-        jitter = max(_TINY * np.trace(total) / len(total), np.finfo(float).tiny)
-        return np.linalg.cholesky(total + jitter * np.eye(len(total)))
-
     @property
     def parts(self) -> tuple[Sums, ...]:
         """Sums of the parts of the embedding, each with its own choice."""
@@ -124,7 +115,10 @@ class Sums:
                 factor = scipy.linalg.cho_factor(gram + jitter)
                 weight[:, chosen] = scipy.linalg.cho_solve(factor, self.cross[:, chosen])
         if any(rank is not None for rank in ranks):
-            root = self.root
+            total = self.gram.sum(0)
+            # A constant reference has no squares.
+            tiny = max(_TINY * np.trace(total) / k, np.finfo(float).tiny)
+            root = np.linalg.cholesky(total + tiny * np.eye(k))
             fitted = root.T @ weight
             squares, directions = np.linalg.eigh(fitted @ fitted.T)
             size, directions = np.maximum(squares[::-1], 0), directions[:, ::-1]
@@ -161,13 +155,11 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
     factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), width)).astype(np.float32)
     size = len(factors)
     gram = np.zeros((size, size), np.float64)
-    n_spots = 0
     for section, chosen in used:
         for view in range(section.features.shape[1]):
             parts = components(section, basis, view)[chosen] * factors
             gram += parts.T @ parts
-        n_spots += int(chosen.sum())
-    n_latent = min(recipe.n_latent, size, max(1, n_spots - 1))
+    n_latent = min(recipe.n_latent, size, max(1, sum(int(chosen.sum()) for _, chosen in used) - 1))
     if recipe.context.fine_below_mpp is not None:
         half = min(recipe.n_latent // 2, width, n_latent)
         without_rings = np.zeros((size, half))

@@ -167,24 +167,24 @@ def _collect(
             _predict(i, section, folds, genes, np.empty_like(y))
             for i, (section, y) in enumerate(zip(sections, measured, strict=True))
         ]
-        for i, values in enumerate(zip(predicted, measured, strict=True)):
-            pair = [centre_by_part(x, parts[i]) for x in values]
+        for i, (x, y) in enumerate(zip(predicted, measured, strict=True)):
+            pair = centre_by_part(x, parts[i]), centre_by_part(y, parts[i])
             pcc[i, genes] = pearson(*pair)
             pcc_given_depth[i, genes] = depths[i].partial(*pair)
-            for score, x in zip(scores[i], values, strict=False):
-                score.add(x, genes)
-            baseline = np.empty_like(values[1])
+            for score, values in zip(scores[i], (x, y), strict=False):
+                score.add(values, genes)
+            baseline = np.empty_like(y)
             baseline[:] = means[parts[i], genes]
-            for total, x in ((error, values[0]), (baseline_error, baseline)):
-                total[genes] += np.nan_to_num(np.square(x - values[1])).sum(0, dtype=np.float64)
+            for total, values in ((error, x), (baseline_error, baseline)):
+                total[genes] += np.nan_to_num(np.square(values - y)).sum(0, dtype=np.float64)
         if unit is not None:
-            pair = [np.concatenate(predicted), np.concatenate(measured)]
-            kept.append(calibrate(*pair, group_codes(sections, unit), classes, n_classes, by_level=by_level))
+            joined = np.concatenate(predicted), np.concatenate(measured), group_codes(sections, unit)
+            kept.append(calibrate(*joined, classes, n_classes, by_level=by_level))
     skill = np.where(baseline_error > 0, 1 - error / np.where(baseline_error > 0, baseline_error, 1), np.nan)
     set_pcc = np.empty((2, len(sections), 0))
     if programmes is not None:
         found = [
-            compare_scores(*(x.t() for x in score), (programmes[section.measured] != 0).sum(0), depth, part)
+            compare_scores(score, (programmes[section.measured] != 0).sum(0), depth, part)
             for score, section, depth, part in zip(scores, sections, depths, parts, strict=True)
         ]
         set_pcc = np.stack(found, axis=1)
@@ -207,12 +207,13 @@ def _predict_section(
     i: int, section: Section, folds: Sequence[tuple[_Fold, np.ndarray]], parts: np.ndarray, n_classes: int
 ) -> tuple[Panel, np.ndarray]:
     """Return held-out panel and logits of section ``i``."""
-    target, variable = next((fold.target, fold.variable) for fold, _ in folds if i in fold.embeddings)
+    used = [fold for fold, _ in folds if i in fold.embeddings]
+    target, variable = used[0].target, used[0].variable
     genes = np.concatenate([target, variable])
     predicted = _predict(i, section, folds, genes, np.empty((len(section), len(genes)), np.float32))
     scores = np.full((len(section), n_classes), np.nan)
-    for fold, _ in folds:
-        if i in fold.embeddings and fold.annotation is not None:
+    for fold in used:
+        if fold.annotation is not None:
             scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
     pair = centre_by_part(predicted, parts), centre_by_part(section.dense(genes), parts)
     return Panel(target, variable, *pair), scores

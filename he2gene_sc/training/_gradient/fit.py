@@ -75,7 +75,8 @@ def fit_network(
     from .module import TrainingModule
 
     device = torch.device(device)
-    accelerator, devices = device.type, run.devices
+    accelerator = device.type
+    devices: Any = run.devices
     if devices is None:
         devices = 1 if device.index is None else [device.index]
     precision: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,28 +60,19 @@ class TrainingModule(LightningModule):
         # Held-out spots are not neighbours, except in the validation of the paper.
         allowed = np.full(len(self.data), self.rows.unit == "spot")
         allowed[self.rows.train] = True
-        return BatchLoader(
-            self.data,
-            self.rows.train,
-            batch_size=self.preset.batch_size,
-            seed=self.seed,
-            neighbours=self.preset.neighbour_weight > 0,
-            allowed=allowed,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        neighbours = self.preset.neighbour_weight > 0
+        options = {"seed": self.seed, "neighbours": neighbours, "allowed": allowed, **self._share()}
+        return BatchLoader(self.data, self.rows.train, **options)
 
     def val_dataloader(self) -> RowLoader:
-        return RowLoader(
-            self.data,
-            self.rows.held_out,
-            batch_size=self.preset.batch_size,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        return RowLoader(self.data, self.rows.held_out, **self._share())
+
+    def _share(self) -> dict[str, Any]:
+        """Return the size of a batch, and which part of it this process takes."""
+        trainer = self.trainer
+        return {"batch_size": self.preset.batch_size, "rank": trainer.global_rank, "world": trainer.world_size}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam, with a step decay of the learning rate by epochs."""
         preset = self.preset
         optimizer = torch.optim.Adam(self.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, preset.lr_step, preset.lr_factor)

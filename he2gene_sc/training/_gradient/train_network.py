@@ -104,35 +104,34 @@ def train_network(
             show_progress=show_progress,
         )
 
-    fold_data, fitted = fit(rows, "model")
-    protocol, found = _protocol(rows.unit), held_out_sections(fold_data, fitted)
+    model_data, model = fit(rows, "model")
+    protocol, found = _protocol(rows.unit), held_out_sections(model_data, model)
     if cross_validate:
-        protocol, found = _cross_validate(data, preset, fit)
+        unit, folds = balanced_folds(data, preset, np.arange(len(data)))
+        n_folds, found = int(folds.max()) + 1, []
+        protocol = _protocol(unit, n_folds)
+        for fold in range(n_folds):
+            # Early stopping uses a part of the other spots, not the fold.
+            rest = split(data, preset, rows=np.flatnonzero(folds != fold))
+            fold_data, fitted = fit(rest, f"fold-{fold}", np.flatnonzero(folds == fold))
+            logger.info("fold %d of %d: best epoch %d", fold + 1, n_folds, fitted.best_epoch)
+            found += held_out_sections(fold_data, fitted)
     n_spots = np.bincount(data.sections, minlength=len(sections))
-    training = metadata.spots(sections, n_spots, data.codes) | _training(data, preset, fitted, sections, seed)
-    return _describe(
-        fold_data, metadata, preset, encoder, fitted, training, {protocol: figures(found, names["sections"])}, found
-    )
+    facts = {
+        "training": metadata.spots(sections, n_spots, data.codes) | _training(data, preset, model, sections, seed),
+        "metrics": {protocol: figures(found, names["sections"])},
+    }
+    return _describe(model_data, metadata, preset, encoder, model, found, facts)
 
 
-def _protocol(unit: str) -> str:
+def _protocol(unit: str, n_folds: int = 0) -> str:
     if unit == "spot":
         return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
-    warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    parts = "other parts" if n_folds else "another part"
+    warning = f"; {parts} of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    if n_folds:
+        return f"cross-validated over {n_folds} folds of {unit}s{warning}"
     return f"one fold of held-out {unit}s, also used for early stopping, so metrics are slightly optimistic{warning}"
-
-
-def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
-    """Hold out one fold after the other; early stopping uses a part of the other spots, not the fold."""
-    unit, folds = balanced_folds(data, preset, np.arange(len(data)))
-    found: list[HeldOutSection] = []
-    for fold in np.unique(folds):
-        test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        fold_data, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
-        logger.info("fold %d of %d: best epoch %d", fold + 1, folds.max() + 1, fitted.best_epoch)
-        found += held_out_sections(fold_data, fitted)
-    warning = "; other parts of the SAME section, do not report it as accuracy" if unit == "block" else ""
-    return f"cross-validated over {folds.max() + 1} folds of {unit}s{warning}", found
 
 
 def _describe(
@@ -141,11 +140,10 @@ def _describe(
     preset: Preset,
     encoder: nn.Module,
     fitted: Fitted,
-    training: dict[str, Any],
-    metrics: dict[str, Any],
     found: list[HeldOutSection],
+    facts: dict[str, Any],
 ) -> HE2Gene:
-    patients = data.patients[np.unique(data.sections, return_index=True)[1]]
+    patients = data.patients[np.unique(data.sections, return_index=True)[1]].tolist()
     variable = variable_genes(data, np.arange(len(data)))
     mean = column_means(data.targets, np.arange(len(data)))
     genes = gene_figures(found, fitted.unit, patients)
@@ -160,8 +158,7 @@ def _describe(
     card = replace(metadata, encoder_sha256=encoder_sha256(trained)).card(
         table,
         fitted.tensors,
-        training=training,
-        metrics=metrics,
+        **facts,
         reliable_rule=reliable_rule(found, fitted.unit, patients),
         limitations=(
             *metadata.limitations,
@@ -179,10 +176,9 @@ def _describe(
 def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     if "annotation.weight" not in fitted.tensors:
         return []
-    if preset.exact:
-        return ["The probabilities of its annotation are not calibrated, as in the paper."]
     if fitted.temperature is None:
-        return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
+        reason = ", as in the paper" if preset.exact else ": no labels of two classes were held out"
+        return [f"The probabilities of its annotation are not calibrated{reason}."]
     return [
         f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that were "
         "also used for early stopping, in the training window; predictions average all windows."
