@@ -42,7 +42,6 @@ class Calibration:
     level_edges: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """Return the arrays for a model folder."""
         return {f"intervals.{name}": x for name, x in vars(self).items() if name != "spots" and x is not None}
 
 
@@ -52,13 +51,6 @@ def calibration_unit(sections: Sequence[Section], unit: str) -> str | None:
         return None
     n_patients = len({section.patient for section in sections})
     return "patient" if unit == "patient" and n_patients >= MIN_GROUPS else "section"
-
-
-def groups_of(sections: Sequence[Section], unit: str) -> np.ndarray:
-    """Return the code of the group of each spot, ``(n,)``."""
-    names = [section.patient if unit == "patient" else section.name for section in sections]
-    codes = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return np.repeat([codes[name] for name in names], [len(section) for section in sections])
 
 
 def calibrate(
@@ -79,13 +71,12 @@ def calibrate(
     quantiles = np.full((1 + n_classes, len(LEVELS), g), np.nan, np.float16)
     counted = np.zeros((1 + n_classes, g), np.int16)
     spots = np.zeros(1 + n_classes, int)
-    for c in range(-1, n_classes):
-        rows = np.ones(len(classes), bool) if c < 0 else classes == c
-        if c >= 0 and (rows.sum() < MIN_CLASS_SPOTS or len(np.unique(groups[rows])) < MIN_CLASS_GROUPS):
+    for i in range(1 + n_classes):
+        rows = classes == i - 1 if i else np.ones(len(classes), bool)
+        if i and (rows.sum() < MIN_CLASS_SPOTS or len(np.unique(groups[rows])) < MIN_CLASS_GROUPS):
             continue
-        found, counted[c + 1] = grouped_quantiles(scores[rows], groups[rows])
-        quantiles[c + 1] = rounded_up(found)
-        spots[c + 1] = rows.sum()
+        found, counted[i] = grouped_quantiles(scores[rows], groups[rows])
+        quantiles[i], spots[i] = rounded_up(found), rows.sum()
     detected, detected_groups = grouped_quantiles(np.where(measured > 0, scores, np.nan), groups)
     levels = level_quantiles(predicted, signed, groups) if by_level else ()
     return Calibration(quantiles, counted, spread, spots, rounded_up(detected), detected_groups, *levels)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, SupportsFloat
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..stats import N_BINS, calibration_error, noise_ceiling, pearson
 from ._calibrate import UNSEEN_LOGIT, temperature
 from ._held_out import Depth, HeldOut, Panel
 from ._predictability import bounds, mean_by_patient, with_unmodelled_counts
-from ._sections import Section
+from ._sections import Section, groups_of
 
 #: Side in µm of the blocks that the bootstrap draws: a few spots, about the distance over which neighbours are similar.
 BLOCK_UM = 800.0
@@ -30,25 +30,26 @@ def expression_figures(
 
     The intervals are from a bootstrap over blocks of each section, conditional on these patients and sections.
     """
-    partial = zip(held_out.panel, (section.totals for section in sections), held_out.parts, strict=True)
-    own = list(zip(sections, held_out.panel, strict=True))
+    own = list(zip(sections, held_out.panel, held_out.parts, strict=True))
     # Values of both panels, by section.
     tables: dict[str, list[Any]] = {
         "mean Pearson": [panel.scores() for panel in held_out.panel],
-        BLOCK_BOOTSTRAP: [interval(panel, section.centres_um) for section, panel in own],
-        "mean partial Pearson given the spots' counts": [partial_correlations(*found) for found in partial],
+        BLOCK_BOOTSTRAP: [interval(panel, section.centres_um) for section, panel, _ in own],
+        "mean partial Pearson given the spots' counts": [
+            partial_correlations(panel, section.totals, parts) for section, panel, parts in own
+        ],
         **{title: [panel.scores() for panel in baseline.panel] for title, baseline in baselines.items()},
-        "noise ceiling": [_ceiling(section, panel) for section, panel in own],
+        "noise ceiling": [
+            panel.means(np.nan_to_num(noise_ceiling(with_unmodelled_counts(section), genes=panel.genes)))
+            for section, panel, _ in own
+        ],
     }
     figures: dict[str, dict[str, object]] = {}
     for i, panel_title in enumerate(_panel_titles(held_out)):
         for title, values in tables.items():
-            row: dict[str, object] = {}
-            for section, found in zip(sections, values, strict=True):
-                if title != BLOCK_BOOTSTRAP:
-                    row[section.name] = _round(found[i])
-                elif np.isfinite(found).all():
-                    row[section.name] = [_round(end) for end in found[i]]
+            found = zip(sections, values, strict=True)
+            # Sections with too few blocks have no interval.
+            row = {s.name: _round(x[i]) for s, x in found if title != BLOCK_BOOTSTRAP or np.isfinite(x).all()}
             if row:
                 figures[f"{title}, {panel_title}"] = row
     return figures
@@ -64,34 +65,29 @@ def paired_figures(
 ) -> dict[str, dict[str, object]]:
     """Return mean correlations of both panels minus those of each reference, per patient or section, with a 95 % t interval."""
     group_unit = "patient" if unit == "patient" else "section"
-    names = [section.patient if group_unit == "patient" else section.name for section in sections]
-    groups = list(dict.fromkeys(names))
+    names = groups_of(sections, unit)
     figures: dict[str, dict[str, object]] = {}
     own = np.array([panel.scores() for panel in held_out.panel])
     for name, reference in references.items():
         pairs = mean_by_patient(own - [panel.scores() for panel in reference.panel], names)
         mean, low, high = bounds(pairs, most=2)
         for i, title in enumerate(_panel_titles(held_out)):
-            row: dict[str, object] = {group: _round(pair) for group, pair in zip(groups, pairs[:, i], strict=True)}
+            row: dict[str, object] = {
+                group: _round(pair) for group, pair in zip(dict.fromkeys(names), pairs[:, i], strict=True)
+            }
             row[f"mean of {group_unit}s"] = _round(mean[i])
             if np.isfinite(low[i]):
-                row["95 % interval"] = [_round(low[i]), _round(high[i])]
+                row["95 % interval"] = _round([low[i], high[i]])
             figures[f"{PAIRED} {name}, {title}"] = row
     return figures
 
 
-def partial_correlations(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[float, float]:
+def partial_correlations(panel: Panel, totals: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return mean partial correlations of both panels given counts ``(n,)``, centred by part if there are several."""
     depth = Depth.fit(totals, parts)
     measured = np.nan_to_num(panel.measured)
     varies = np.isfinite(pearson(panel.predicted, measured))
-    target, variable = panel.means(np.where(varies, np.nan_to_num(depth.partial(panel.predicted, measured)), 0))
-    return float(target), float(variable)
-
-
-def _ceiling(section: Section, panel: Panel) -> tuple[np.ndarray, np.ndarray]:
-    genes = np.concatenate([panel.target, panel.variable])
-    return panel.means(np.nan_to_num(noise_ceiling(with_unmodelled_counts(section), genes=genes)))
+    return panel.means(np.where(varies, np.nan_to_num(depth.partial(panel.predicted, measured)), 0))
 
 
 def interval(panel: Panel, centres_um: np.ndarray) -> np.ndarray:
@@ -144,26 +140,21 @@ def annotation_figures(
     from scipy.special import softmax
     from sklearn.metrics import roc_auc_score
 
-    usable = [
-        np.flatnonzero((section.codes >= 0) & np.isfinite(logits).all(1))
-        for section, logits in zip(sections, held_out.logits, strict=True)
-    ]
-
-    def join(values: Iterable[np.ndarray]) -> np.ndarray:
-        return np.concatenate([part[rows] for part, rows in zip(values, usable, strict=True)])
-
+    scaled: Sequence[np.ndarray] = held_out.logits
+    if is_calibrated:
+        scaled = calibrate_logits(sections, held_out, calibration_folds, exclude_patient=exclude_patient)
     accuracy: dict[str, object] = {}
-    for section, logits, rows in zip(sections, held_out.logits, usable, strict=True):
-        recall = balanced_accuracy(section.codes[rows], logits[rows])
+    usable = []
+    for section, *logits in zip(sections, held_out.logits, scaled, strict=True):
+        rows = (section.codes >= 0) & np.isfinite(logits[0]).all(1)
+        usable.append([section.codes[rows], *(values[rows] for values in logits)])
+        recall = balanced_accuracy(*usable[-1][:2])
         if np.isfinite(recall):
             accuracy[section.name] = _round(recall)
     if not accuracy:
         return {}
-    codes, raw = join(section.codes for section in sections), join(held_out.logits)
-    proba = softmax(raw, axis=1)
-    if is_calibrated:
-        calibrated = calibrate_logits(sections, held_out, calibration_folds, exclude_patient=exclude_patient)
-        proba = softmax(join(calibrated), axis=1)
+    codes, raw, calibrated = map(np.concatenate, zip(*usable, strict=True))
+    proba = softmax(calibrated, axis=1)
     # AUROC of a class uses only spots whose model was trained on that class.
     auroc: dict[str, object] = {}
     for c, name in enumerate(classes):
@@ -223,16 +214,11 @@ def calibrate_logits(
 
 def pooled_temperature(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> float:
     """Return the temperature of held-out logits over the labelled spots of all sections; 1 without labelled spots."""
-    scores, codes = _labelled_logits(sections, logits)
+    scores, codes = labelled_logits(sections, logits)
     return temperature(scores, codes) if len(codes) else 1.0
 
 
-def can_be_calibrated(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> bool:
-    """Return whether any held-out spot can be used to calibrate the annotation."""
-    return len(_labelled_logits(sections, logits)[1]) > 0
-
-
-def _labelled_logits(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def labelled_logits(sections: Sequence[Section], logits: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return held-out logits and codes of the labelled spots whose fold was trained on their class."""
     codes = np.concatenate([section.codes for section in sections])
     scores = np.concatenate(list(logits))
@@ -242,5 +228,5 @@ def _labelled_logits(sections: Sequence[Section], logits: Sequence[np.ndarray]) 
     return scores[rows], codes[rows]
 
 
-def _round(value: SupportsFloat) -> float:
-    return round(float(value), _N_DIGITS)
+def _round(value: Any) -> Any:
+    return [_round(x) for x in value] if np.ndim(value) else round(float(value), _N_DIGITS)

@@ -39,14 +39,12 @@ def grouped_folds(
     >>> grouped_folds(np.array([0, 0, 1, 2]), np.array([0, 0, 0, 1]))
     ('patient', array([0, 0, 0, 1]))
     """
+    codes = {"patient": patients, "section": sections}
     if unit is None:
-        several = {"patient": len(np.unique(patients)) > 1, "section": len(np.unique(sections)) > 1}
-        unit = next((name for name, found in several.items() if found), "block")
+        unit = next((name for name, groups in codes.items() if len(np.unique(groups)) > 1), "block")
     if unit == "block":
         return unit, _blocks(sections, coordinates, n_folds or N_BLOCKS)
-    groups, inverse, sizes = np.unique(
-        patients if unit == "patient" else sections, return_inverse=True, return_counts=True
-    )
+    groups, inverse, sizes = np.unique(codes[unit], return_inverse=True, return_counts=True)
     if len(groups) < 2:
         raise ValueError(f"`unit`: there is only one {unit}; at least two are needed to hold one out")
     return unit, _balance(sizes, min(n_folds or len(groups), len(groups)))[inverse]
@@ -77,7 +75,6 @@ def _blocks(sections: np.ndarray, coordinates: np.ndarray | None, n_folds: int) 
         if len(rows) < n_folds:
             raise ValueError(f"a section of {len(rows)} spots cannot be cut into {n_folds} blocks")
         positions = coordinates[rows, np.ptp(coordinates[rows], axis=0).argmax()]
-        rank = np.empty(len(rows), np.intp)
-        rank[np.argsort(positions, kind="stable")] = np.arange(len(rows))
+        rank = np.argsort(np.argsort(positions, kind="stable"))
         folds[rows] = rank * n_folds // len(rows)
     return folds

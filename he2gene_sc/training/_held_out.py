@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,10 +20,14 @@ class Panel:
     predicted: np.ndarray  # (n, target + variable), centred by part
     measured: np.ndarray  # same shape and centring; NaN if not measured
 
-    def scores(self) -> tuple[float, float]:
+    @property
+    def genes(self) -> np.ndarray:
+        """Positions of all genes."""
+        return np.concatenate([self.target, self.variable])
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the mean correlation of target and of variable genes; constant genes count as 0, unmeasured ones are left out."""
-        target, variable = self.means(np.nan_to_num(pearson(self.predicted, self.measured)))
-        return float(target), float(variable)
+        return self.means(np.nan_to_num(pearson(self.predicted, self.measured)))
 
     def means(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return means of values ``(..., genes)`` over the target and over the variable genes that were measured."""
@@ -45,7 +49,8 @@ class HeldOut:
     logits: tuple[np.ndarray, ...]  # per section (n, c) before calibration; NaN without labels
     parts: tuple[np.ndarray, ...]  # per section (n,) codes
     calibration: Calibration | None = None
-    programmes: np.ndarray | None = None  # (2, sections, sets) correlations of scores, plain and given depth
+    #: (2, sections, sets) correlations of the scores of gene sets, plain and given depth
+    programmes: np.ndarray = field(default_factory=lambda: np.empty((2, 0, 0)))
 
 
 #: Largest difference from a mean, relative to it, that is taken as rounding error.
@@ -76,7 +81,7 @@ class Depth:
     def residual(self, values: np.ndarray) -> np.ndarray:
         """Subtract the mean and the effect of depth from each column."""
         values = values.astype(np.float64)
-        values = values - values.mean(0)
+        values -= values.mean(0)
         residual = values - self.axes @ (self.axes.T @ values)
         # If depth explains a column entirely, the residual is rounding error.
         return residual * (np.linalg.norm(residual, axis=0) > _MIN_RESIDUAL * np.linalg.norm(values, axis=0))
@@ -102,6 +107,5 @@ def centre_by_part(values: np.ndarray, parts: np.ndarray) -> np.ndarray:
         here = parts == name
         mean = values[here].mean(0)
         centred_values = values[here] - mean
-        centred_values[np.abs(centred_values) <= _ROUNDING * np.abs(mean)] = 0
-        values[here] = centred_values
+        values[here] = np.where(np.abs(centred_values) <= _ROUNDING * np.abs(mean), 0, centred_values)
     return values

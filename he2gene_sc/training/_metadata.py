@@ -14,6 +14,11 @@ from ..models import EncoderSpec, ModelCard
 from ..models._encoders.registry import input_facts
 from ._sections import Section
 
+_CARD_FIELDS = (
+    *("name", "version", "description", "intended_use", "limitations"),
+    *("windows_um", "classes", "class_colors"),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Programmes:
@@ -65,20 +70,9 @@ class ModelMetadata:
             if value is not None
         }
         encoder = {"name": self.encoder.name, "license": self.encoder.license, "sha256": self.encoder_sha256}
-        given: dict[str, Any] = {
-            "name": self.name,
-            "version": self.version,
-            "description": self.description,
-            "encoder": {**encoder, **input_facts(self.encoder), **own},
-            "windows_um": self.windows_um,
-            "classes": self.classes,
-            "class_colors": self.class_colors,
-            "n_genes": len(genes),
-            "n_latent": len(tensors["genes.weight"]),
-            "intended_use": self.intended_use,
-            "limitations": self.limitations,
-        }
-        given |= facts
+        given: dict[str, Any] = {name: getattr(self, name) for name in _CARD_FIELDS}
+        given |= {"n_genes": len(genes), "n_latent": len(tensors["genes.weight"])}
+        given |= {"encoder": {**encoder, **input_facts(self.encoder), **own}, **facts}
         if not genes["reliable"].any():
             given["limitations"] = (
                 *given["limitations"],

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..stats import pearson, set_ceiling
-from ._held_out import Depth, centre_by_part
+from ..stats import SetScores, pearson, set_ceiling
+from ._held_out import Depth, HeldOut, centre_by_part
+from ._metadata import Programmes
 from ._predictability import (
     MIN_GROUPS,
     RELIABLE_PCC,
     bounds,
     mean_by_patient,
-    minimum_over_patients,
     with_unmodelled_counts,
 )
-from ._sections import Section
-
-if TYPE_CHECKING:
-    from ._held_out import HeldOut
-    from ._metadata import Programmes
+from ._sections import Section, groups_of
 
 #: Fewest measured genes of a set for a score.
 MIN_GENES = 5
 
 
 def compare_scores(
-    predicted: np.ndarray, measured: np.ndarray, used: np.ndarray, depth: Depth, parts: np.ndarray
+    scores: Sequence[SetScores], used: np.ndarray, depth: Depth, parts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Correlate predicted and measured scores of one section, ``(n, sets)`` each, plain and given depth.
+    """Correlate predicted and measured scores of one section, plain and given depth, ``(sets,)`` each.
 
     ``used`` ``(sets,)`` is the number of measured genes of each set; the result is NaN if they are too few.
     """
-    pair = centre_by_part(predicted, parts), centre_by_part(measured, parts)
+    predicted, measured = (centre_by_part(score.t(), parts) for score in scores)
+    plain, partial = pearson(predicted, measured), depth.partial(predicted, measured)
     enough = used >= MIN_GENES
-    plain, partial = pearson(*pair), depth.partial(*pair)
     return np.where(enough, np.nan_to_num(plain), np.nan), np.where(enough, np.nan_to_num(partial), np.nan)
 
 
@@ -51,8 +47,8 @@ def summarise_programmes(metrics: Mapping[str, np.ndarray], references: Sequence
     """
     out = pd.DataFrame({name: bounds(values)[0] for name, values in metrics.items()})
     out["pearson_low"], out["pearson_high"] = bounds(metrics["pearson"])[1:]
-    good = np.nan_to_num(bounds(metrics["pearson_given_depth"])[1]) > RELIABLE_PCC
-    good &= np.nan_to_num(minimum_over_patients(metrics["pearson"])) > RELIABLE_PCC
+    good = bounds(metrics["pearson_given_depth"])[1] > RELIABLE_PCC
+    good &= np.fmin.reduce(metrics["pearson"]) > RELIABLE_PCC
     for name in references:
         mean, low, _ = bounds(metrics["pearson"] - metrics[name], most=2)
         good &= np.isnan(mean) | ((mean if name == "depth" else low) > 0)
@@ -64,16 +60,13 @@ def programme_figures(
     programmes: Programmes, sections: Sequence[Section], held_out: HeldOut, references: Mapping[str, HeldOut], seed: int
 ) -> dict[str, Any]:
     """Return the entry of the card on gene sets, from predictions of patients held out in turn."""
-    patients = [section.patient for section in sections]
+    patients = groups_of(sections, "patient")
     rng, columns = np.random.default_rng(seed), np.arange(len(programmes.weights))
     ceiling = [set_ceiling(with_unmodelled_counts(s), columns, programmes.weights, rng, s.measured) for s in sections]
-    found = {name: figures.programmes for name, figures in {"pearson": held_out, **references}.items()}
-    metrics = {name: values[0] for name, values in found.items() if values is not None}
-    assert held_out.programmes is not None
+    metrics = {name: found.programmes[0] for name, found in {"pearson": held_out, **references}.items()}
     metrics |= {"pearson_given_depth": held_out.programmes[1], "ceiling": np.stack(ceiling)}
-    table = summarise_programmes(
-        {name: mean_by_patient(values, patients) for name, values in metrics.items()}, list(references)
-    )
+    by_patient = {name: mean_by_patient(values, patients) for name, values in metrics.items()}
+    table = summarise_programmes(by_patient, list(references))
     rows = table.round(4).astype(object).where(table.notna(), None).to_dict("records")
     sets = zip(programmes.genes.items(), rows, strict=True)
     return {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse
 
 from ..stats import TARGET_SUM
@@ -32,11 +33,6 @@ class Section:
     def __len__(self) -> int:
         return len(self.totals)
 
-    @cached_property
-    def transposed(self) -> scipy.sparse.csr_array:
-        """Targets as genes × spots, for fast products with values of spots."""
-        return self.targets.T
-
     def dense(self, genes: np.ndarray | slice) -> np.ndarray:
         """Return the targets of some genes, ``(n, len(genes))`` float32; NaN for genes that were not measured."""
         values = self.targets[:, genes].toarray()
@@ -45,17 +41,26 @@ class Section:
 
     def sums(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return sums of the targets and of their squares over the chosen spots, ``(g,)`` float64 each."""
-        weights = rows.astype(np.float64)
-        squared = scipy.sparse.csr_array(
-            (np.square(self.transposed.data), self.transposed.indices, self.transposed.indptr), self.transposed.shape
-        )
-        return self.transposed @ weights, squared @ weights
+        genes, weights = self.targets.T, rows.astype(np.float64)
+        squared = scipy.sparse.csr_array((np.square(genes.data), genes.indices, genes.indptr), genes.shape)
+        return genes @ weights, squared @ weights
 
     def counts(self) -> scipy.sparse.csr_array:
         """Return the raw counts ``(n, g)`` of the targets."""
         rows = self.targets.tocsr()
         values = np.expm1(rows.data.astype(np.float64)) * np.repeat(self.totals, np.diff(rows.indptr)) / TARGET_SUM
         return scipy.sparse.csr_array((np.rint(values).astype(np.int64), rows.indices, rows.indptr), rows.shape)
+
+
+def groups_of(sections: Sequence[Section], unit: str) -> list[str]:
+    """Return the patient of each section if the unit is ``"patient"``, else its name."""
+    return [section.patient if unit == "patient" else section.name for section in sections]
+
+
+def group_codes(sections: Sequence[Section], unit: str) -> np.ndarray:
+    """Return the code of the patient or section of each spot, ``(n,)``, in the order of the sections."""
+    codes, _ = pd.factorize(np.array(groups_of(sections, unit), object))
+    return np.repeat(codes, [len(section) for section in sections])
 
 
 def log_targets(counts: scipy.sparse.csr_array, totals: np.ndarray) -> scipy.sparse.csc_array:

@@ -62,7 +62,12 @@ def fit_annotation(
     found, codes, patients, shares = [], [], [], []
     for section, chosen in used:
         labelled = chosen & (section.codes >= 0)
-        for features, share in _views(section) if labelled.any() else ():
+        if not labelled.any():
+            continue
+        n_views = section.features.shape[1]
+        views = [(section.features[:, view], 1.0) for view in range(n_views)]
+        views += [(features, n_views / len(section.recoloured)) for features in section.recoloured]
+        for features, share in views:
             found.append(components_of(section, basis, features)[labelled])
             codes.append(section.codes[labelled])
             patients.append(np.full(labelled.sum(), section.patient, object))
@@ -73,12 +78,6 @@ def fit_annotation(
     slope, bias = fit_softmax(parts - centre, labels, n_classes, STRENGTH, weight)
     bias = np.where(bias == UNSEEN_LOGIT, UNSEEN_LOGIT, bias - centre @ slope)
     return AnnotationHead(Basis(basis.mean, basis.scale, basis.projection, slope, ANNOTATION_CONTEXT), bias)
-
-
-def _views(section: Section) -> list[tuple[np.ndarray, float]]:
-    """Return features ``(n, f)`` of each symmetry and recoloured copy, with their weights."""
-    symmetries = [(section.features[:, view], 1.0) for view in range(section.features.shape[1])]
-    return symmetries + [(features, len(symmetries) / len(section.recoloured)) for features in section.recoloured]
 
 
 def equal_weights(codes: np.ndarray, patients: np.ndarray) -> np.ndarray:
@@ -95,9 +94,8 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
     """Return mean, scale (including differences between patients) and principal components; patients have equal weight."""
     names = [section.patient for section, _ in used]
     share = np.array([1 / names.count(name) for name in names]) / len(set(names))
-    found = [moments(section.features, chosen) for section, chosen in used]
-    mean = sum((part * first for part, (first, _) in zip(share, found, strict=True)), start=np.zeros(len(weights)))
-    square = sum(part * second for part, (_, second) in zip(share, found, strict=True))
+    found = (part * moments(section.features, chosen) for part, (section, chosen) in zip(share, used, strict=True))
+    mean, square = sum(found, start=np.zeros((2, len(weights))))
     scale = np.sqrt(np.maximum(square - np.square(mean), 0))
     scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
     mean, scale = mean.astype(np.float32), scale.astype(np.float32)
@@ -105,10 +103,8 @@ def _basis(used: Sequence[tuple[Section, np.ndarray]], weights: np.ndarray) -> B
     for part, (section, chosen) in zip(share, used, strict=True):
         views = section.features.shape[1]
         for view in range(views):
-            z = (
-                ANNOTATION_CONTEXT.standardise(np.asarray(section.features[chosen, view], np.float32), mean, scale)
-                * weights
-            )
+            features = np.asarray(section.features[chosen, view], np.float32)
+            z = ANNOTATION_CONTEXT.standardise(features, mean, scale) * weights
             gram += part / (views * len(z)) * (z.T @ z)
     projection = weights[:, None] * principal_directions(gram, min(N_COMPONENTS, len(weights)))
     return Basis(mean, scale, projection.astype(np.float32), np.empty((0, 0)), ANNOTATION_CONTEXT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -16,8 +15,8 @@ from ...models._gene_table import REFERENCES
 from .._calibrate import calibration_unit, card_entry
 from .._figures import (
     annotation_figures,
-    can_be_calibrated,
     expression_figures,
+    labelled_logits,
     paired_figures,
     pooled_temperature,
 )
@@ -26,7 +25,7 @@ from .._held_out import HeldOut, standardise
 from .._metadata import ModelMetadata
 from .._predictability import MIN_GROUPS, gene_table
 from .._programmes import programme_figures
-from .._sections import Section
+from .._sections import Section, group_codes, groups_of
 from .annotation import ANNOTATION_CONTEXT, STRENGTH, fit_annotation
 from .heads import Choice, Recipe, find_rings, fit_basis, fit_sums
 from .ood import fit_detector
@@ -45,22 +44,15 @@ def folds_of(sections: Sequence[Section], unit: str | None, seed: int = 0) -> tu
     Units are ``"patient"``, ``"section"``, ``"block"``, and, for comparison with the paper only, random ``"spot"``. ``None`` is the
     largest unit with several groups.
     """
-    sizes = [len(section) for section in sections]
-    cuts = np.cumsum(sizes)[:-1]
     if unit == "spot":
-        codes = np.random.default_rng(seed).permutation(np.arange(sum(sizes)) % 5)
-        return unit, np.split(codes, cuts)
-    names = {name: i for i, name in enumerate(dict.fromkeys(section.name for section in sections))}
-    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
-    groups = len(patients) if unit == "patient" or (unit is None and len(patients) > 1) else len(names)
-    unit, codes = grouped_folds(
-        np.repeat([names[section.name] for section in sections], sizes),
-        np.repeat([patients[section.patient] for section in sections], sizes),
-        np.concatenate([section.centres_um for section in sections]),
-        n_folds=MAX_FOLDS if groups > MAX_FOLDS and unit != "block" else None,
-        unit=unit,
-    )
-    return unit, np.split(codes, cuts)
+        codes = np.random.default_rng(seed).permutation(sum(map(len, sections))) % 5
+    else:
+        centres = np.concatenate([section.centres_um for section in sections])
+        arrays = group_codes(sections, "section"), group_codes(sections, "patient"), centres
+        unit, codes = grouped_folds(*arrays, unit=unit)
+        if unit != "block":
+            _, codes = grouped_folds(*arrays, n_folds=MAX_FOLDS, unit=unit)
+    return unit, np.split(codes, np.cumsum([len(section) for section in sections])[:-1])
 
 
 @threadpool_limits.wrap(limits=1, user_api="blas")
@@ -89,10 +81,8 @@ def build_model(
             "validation='random': the neighbours of held-out spots were trained on, so metrics are optimistic; do not report "
             "them as accuracy"
         )
+    titles = {name: _protocol(name, codes, sections) for name, codes in protocols.items()}
     find_rings(sections, (recipe.context, ANNOTATION_CONTEXT) if n_classes else (recipe.context,))
-    colours = [section.features[:, 0, section.features.shape[2] - n_colour :] for section in sections]
-    colour, colour_recipe = _replace_features(sections, colours)
-    first_unit = next(iter(protocols))
     exchangeable = calibration_unit(sections, unit)
     programmes = metadata.programmes
     set_weights = None if programmes is None else programmes.weights
@@ -105,94 +95,92 @@ def build_model(
         calibration=exchangeable,
         programmes=set_weights,
     )
-    panels_only: dict[str, Any] = {"n_classes": 0, "n_target": n_target, "panels_only": True}
-    colour_choice, colour_held_out = cross_validate(colour, protocols, colour_recipe, **panels_only)
-    colour_in_context = cross_validate(
-        colour,
-        protocols,
-        _replace_features(sections, colours, replace(recipe.context, fine_below_mpp=None))[1],
-        **panels_only,
-    )[1]
+    colours = [section.features[:, 0, section.features.shape[2] - n_colour :] for section in sections]
+    colour, colour_recipe = _replace_features(sections, colours)
+    in_context = _replace_features(sections, colours, replace(recipe.context, fine_below_mpp=None))[1]
+    (colour_choice, colour_alone), (_, colour_in_context) = (
+        cross_validate(colour, protocols, used, n_classes=0, n_target=n_target, panels_only=True)
+        for used in (colour_recipe, in_context)
+    )
     references = _references(sections, colours, protocols, n_target, set_weights)
     # A model is used on new patients, so confidence on held-out patients is preferred for calibration.
-    calibration_protocol = next(
-        (n for n in reversed(protocols) if _can_calibrate_confidence(sections, protocols[n], held_out[n])), first_unit
-    )
+    can_calibrate = [name for name in protocols if _can_calibrate(sections, protocols[name], held_out[name])]
+    calibration_protocol = can_calibrate[-1] if can_calibrate else next(iter(protocols))
+    calibration_folds = held_out[calibration_protocol]
     # With two patients, each fold is trained on one patient, whose confidence says little about a model of both.
-    is_calibrated = unit != "patient" or len({section.patient for section in sections}) >= MIN_GROUPS
-    metrics = {
-        _protocol(name, protocols[name], sections): (
-            expression_figures(
-                sections,
-                found,
-                {"colour alone": colour_held_out[name], "colour with slide and neighbours": colour_in_context[name]},
-            )
-            | paired_figures(
-                sections, found, {reference: by_unit[name] for reference, by_unit in references.items()}, unit=name
-            )
-            | annotation_figures(
+    is_calibrated = unit != "patient" or len(set(groups_of(sections, "patient"))) >= MIN_GROUPS
+    metrics = {}
+    # Held-out patients are listed first.
+    for name, found in reversed(held_out.items()):
+        baselines = {"colour alone": colour_alone[name], "colour with slide and neighbours": colour_in_context[name]}
+        metrics[titles[name]] = {
+            **expression_figures(sections, found, baselines),
+            **paired_figures(sections, found, references[name], unit=name),
+            **annotation_figures(
                 sections,
                 found,
                 metadata.classes,
-                calibration_folds=held_out[calibration_protocol],
+                calibration_folds=calibration_folds,
                 exclude_patient=calibration_protocol == "patient",
                 is_calibrated=is_calibrated,
-            )
-        )
-        # Held-out patients are listed first.
-        for name, found in reversed(held_out.items())
-    }
+            ),
+        }
     everything = [np.ones(len(section), bool) for section in sections]
     target, variable = panels(sections, everything, n_target)
-    tensors = _fit(sections, everything, recipe, choice)
-    head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
-    if head is not None:
-        tensors |= head.tensors(
-            pooled_temperature(sections, held_out[calibration_protocol].logits) if is_calibrated else 1.0
-        )
-    tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
+    basis = fit_basis(sections, everything, recipe)
+    sums = fit_sums(sections, everything, basis, recipe.power)
+    tensors = {
+        "latent.mean": basis.mean,
+        "latent.scale": basis.scale,
+        "latent.projection": basis.projection.astype(np.float16),
+        "latent.mixing": basis.mixing.astype(np.float16),
+        "genes.weight": sums.weights(choice).astype(np.float16),
+        "genes.bias": sums.mean.astype(np.float32),
+    }
     limitations = metadata.limitations
     if unit in UNIT_LIMITATIONS:
         limitations = (*limitations, f"{UNIT_LIMITATIONS[unit][0].upper()}{UNIT_LIMITATIONS[unit][1:]}.")
-    if "annotation.weight" in tensors and not can_be_calibrated(sections, held_out[calibration_protocol].logits):
-        logger.warning(
-            "annotation: no held-out spot has a label of a class that its fold was trained on, for example because only one "
-            "section is annotated: its probabilities are NOT calibrated"
-        )
-        limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
+    head = fit_annotation(sections, everything, recipe.annotation, n_classes) if n_classes else None
+    if head is not None:
+        tensors |= head.tensors(pooled_temperature(sections, calibration_folds.logits) if is_calibrated else 1.0)
+        if not len(labelled_logits(sections, calibration_folds.logits)[1]):
+            logger.warning(
+                "annotation: no held-out spot has a label of a class that its fold was trained on, for example because only "
+                "one section is annotated: its probabilities are NOT calibrated"
+            )
+            limitations = (*limitations, "The probabilities of its annotation are not calibrated.")
+    tensors |= _fit_colour(colour, everything, colour_recipe, colour_choice, np.union1d(target, variable))
     genes, rule = gene_table(sections, metadata, held_out, references, target, variable)
     programme_facts = None
     if programmes is not None and unit == "patient":
-        of_unit = {name: by_unit[unit] for name, by_unit in references.items()}
-        programme_facts = programme_figures(programmes, sections, held_out[unit], of_unit, seed)
+        programme_facts = programme_figures(programmes, sections, held_out[unit], references[unit], seed)
     elif programmes is not None:
         logger.warning(
             "programmes: predictions of gene sets are only tested on held-out patients, so the card has no metrics of them"
         )
-    calibration = None if exchangeable is None else held_out[exchangeable].calibration
-    if calibration is not None:
+    intervals = None
+    if exchangeable is not None:
+        calibration = held_out[exchangeable].calibration
+        assert calibration is not None
         tensors |= calibration.tensors()
+        intervals = card_entry(calibration, exchangeable, metadata.classes)
     px, tiled = metadata.encoder.input_px, metadata.tiles is not None
     detector_tensors, limits = fit_detector(sections, recipe.weights, metadata.windows_um, px, n_colour, tiled=tiled)
     tensors |= detector_tensors
+    without_rings: dict[str, float | None] = {}
+    if choice.without_rings is not None:
+        without_rings["penalty_without_neighbours"] = choice.without_rings.penalty
+        without_rings["rank_without_neighbours"] = choice.without_rings.rank
     card = metadata.card(
         genes,
         tensors,
         training={
             "preset": "default",
             **metadata.spots(sections, [len(s) for s in sections], np.concatenate([s.codes for s in sections])),
-            "chosen_by": " and ".join(_protocol(name, protocols[name], sections) for name in protocols)
-            + ", the folds that the figures are of",
+            "chosen_by": f"{' and '.join(titles.values())}, the folds that the figures are of",
             "penalty": choice.penalty,
             "rank": choice.rank,
-            **(
-                {}
-                if choice.without_rings is None
-                else {
-                    "penalty_without_neighbours": choice.without_rings.penalty,
-                    "rank_without_neighbours": choice.without_rings.rank,
-                }
-            ),
+            **without_rings,
             "annotation_strength": STRENGTH,
             "recoloured_copies": max(len(section.recoloured) for section in sections) if head is not None else 0,
             "colour_penalty": colour_choice.penalty,
@@ -203,22 +191,21 @@ def build_model(
         reliable_rule=rule,
         limitations=limitations,
         context=recipe.context.to_dict(),
-        intervals=None
-        if calibration is None or exchangeable is None
-        else card_entry(calibration, exchangeable, metadata.classes),
+        intervals=intervals,
         guard=limits,
-        annotation={"context": ANNOTATION_CONTEXT.to_dict()} if "annotation.mean" in tensors else None,
+        annotation=None if head is None else {"context": ANNOTATION_CONTEXT.to_dict()},
         programmes=programme_facts,
     )
     # C order, as in the stored file, since rounding depends on it.
     return HE2Gene(card, genes, {key: np.asarray(value, order="C") for key, value in tensors.items()})
 
 
-def _can_calibrate_confidence(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
+def _can_calibrate(sections: Sequence[Section], folds: Sequence[np.ndarray], held_out: HeldOut) -> bool:
     """Return whether held-out spots have labels, and every fold was trained on enough of all labels."""
     labelled = np.concatenate([section.codes for section in sections]) >= 0
     held = np.bincount(np.concatenate(list(folds))[labelled])
-    return can_be_calibrated(sections, held_out.logits) and held.max() <= (1 - _MIN_LABEL_SHARE) * labelled.sum()
+    _, usable = labelled_logits(sections, held_out.logits)
+    return len(usable) > 0 and held.max() <= (1 - _MIN_LABEL_SHARE) * labelled.sum()
 
 
 def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section]) -> str:
@@ -226,10 +213,8 @@ def _protocol(unit: str, folds: Sequence[np.ndarray], sections: Sequence[Section
     if unit == "spot":
         return "random spots of the same sections (leaks; for comparison with the paper only)"
     n_folds = len(np.unique(np.concatenate(list(folds))))
-    groups = {"section": len(sections), "patient": len({section.patient for section in sections})}
-    if n_folds < groups.get(unit, 0):
-        return f"{n_folds} folds of whole {unit}s"
-    return _HELD_OUT[unit]
+    groups = set(groups_of(sections, "patient")) if unit == "patient" else sections
+    return f"{n_folds} folds of whole {unit}s" if unit != "block" and n_folds < len(groups) else _HELD_OUT[unit]
 
 
 def _replace_features(
@@ -252,35 +237,20 @@ def _references(
     n_target: int,
     programmes: np.ndarray | None,
 ) -> dict[str, dict[str, HeldOut]]:
-    """Return held-out predictions from depth, colour and coordinates of spots in their section, by name and protocol."""
+    """Return held-out predictions from depth, colour and coordinates of spots in their section, by protocol and name."""
     values: dict[str, list[np.ndarray]] = {name: [] for name in REFERENCES}
     for section, colour in zip(sections, colours, strict=True):
         xy = standardise(section.centres_um)
         values["depth"].append(standardise(np.log(section.totals)[:, None]))
         values["colour"].append(standardise(colour))
         values["coordinates"].append(np.hstack([xy, standardise(np.square(xy).sum(1, keepdims=True))]))
-    found = {}
+    found: dict[str, dict[str, HeldOut]] = {protocol: {} for protocol in protocols}
     for name, features in values.items():
         reduced, recipe = _replace_features(sections, features)
-        found[name] = cross_validate(reduced, protocols, recipe, n_classes=0, n_target=n_target, programmes=programmes)[
-            1
-        ]
+        _, held_out = cross_validate(reduced, protocols, recipe, n_classes=0, n_target=n_target, programmes=programmes)
+        for protocol, of_protocol in held_out.items():
+            found[protocol][name] = of_protocol
     return found
-
-
-def _fit(
-    sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe, choice: Choice
-) -> dict[str, np.ndarray]:
-    basis = fit_basis(sections, rows, recipe)
-    sums = fit_sums(sections, rows, basis, recipe.power)
-    return {
-        "latent.mean": basis.mean,
-        "latent.scale": basis.scale,
-        "latent.projection": basis.projection.astype(np.float16),
-        "latent.mixing": basis.mixing.astype(np.float16),
-        "genes.weight": sums.weights(choice).astype(np.float16),
-        "genes.bias": sums.mean.astype(np.float32),
-    }
 
 
 def _fit_colour(
@@ -289,8 +259,7 @@ def _fit_colour(
     """Fit a ridge on colour only, for the genes of both panels."""
     basis = fit_basis(colour, rows, recipe)
     sums = fit_sums(colour, rows, basis, recipe.power)
-    usable = basis.scale > 0
-    to_embedding = reciprocal(basis.scale, usable)[:, None] * (basis.projection @ basis.mixing)
+    to_embedding = reciprocal(basis.scale, basis.scale > 0)[:, None] * (basis.projection @ basis.mixing)
     weight = to_embedding @ sums.weights(choice)[:, genes]
     return {
         "colour.weight": weight.astype(np.float32),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 import scipy.linalg
@@ -80,17 +79,7 @@ class Sums:
     mean: np.ndarray  # (g,) over the spots in which the gene was measured
     measured: np.ndarray  # (lists, g)
     power: float  # unit of the penalty
-    without_rings: Sums | None = (
-        None  # of the half of the embedding without neighbours; the others are of the half with them
-    )
-
-    @cached_property
-    def root(self) -> np.ndarray:
-        """Lower Cholesky factor of the sum of squares over all sections, ``(k, k)``."""
-        total = self.gram.sum(0)
-        # A constant reference has no squares.
-        jitter = max(_TINY * np.trace(total) / len(total), np.finfo(float).tiny)
-        return np.linalg.cholesky(total + jitter * np.eye(len(total)))
+    without_rings: Sums | None = None  # of the half without neighbours; the other fields are of the half with them
 
     @property
     def parts(self) -> tuple[Sums, ...]:
@@ -126,7 +115,10 @@ class Sums:
                 factor = scipy.linalg.cho_factor(gram + jitter)
                 weight[:, chosen] = scipy.linalg.cho_solve(factor, self.cross[:, chosen])
         if any(rank is not None for rank in ranks):
-            root = self.root
+            total = self.gram.sum(0)
+            # A constant reference has no squares.
+            tiny = max(_TINY * np.trace(total) / k, np.finfo(float).tiny)
+            root = np.linalg.cholesky(total + tiny * np.eye(k))
             fitted = root.T @ weight
             squares, directions = np.linalg.eigh(fitted @ fitted.T)
             size, directions = np.maximum(squares[::-1], 0), directions[:, ::-1]
@@ -144,7 +136,7 @@ class Sums:
 def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: Recipe) -> Basis:
     """Fit the principal components of features, and those of spots and rings, on the chosen rows ``(n,)`` of each section."""
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
-    means, squares = map(np.stack, zip(*(moments(section.features, chosen) for section, chosen in used), strict=True))
+    means, squares = np.stack([moments(section.features, chosen) for section, chosen in used], axis=1)
     mean = means.mean(0).astype(np.float32)
     scale = np.sqrt(np.maximum(squares - np.square(means), 0).mean(0))
     # A constant feature becomes 0, instead of rounding errors divided by each other.
@@ -159,18 +151,16 @@ def fit_basis(sections: Sequence[Section], rows: Sequence[np.ndarray], recipe: R
             gram += z.T @ z
     directions = principal_directions(gram, min(recipe.n_components, f))
     basis = Basis(mean, scale, (weights[:, None] * directions).astype(np.float32), np.empty((0, 0)), recipe.context)
-    size = directions.shape[1] * (1 + len(recipe.context.rings_um))
-    factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), directions.shape[1])).astype(np.float32)
+    width = directions.shape[1]
+    factors = np.sqrt(np.repeat((1.0, *recipe.context.weights), width)).astype(np.float32)
+    size = len(factors)
     gram = np.zeros((size, size), np.float64)
-    n_spots = 0
     for section, chosen in used:
         for view in range(section.features.shape[1]):
             parts = components(section, basis, view)[chosen] * factors
             gram += parts.T @ parts
-        n_spots += int(chosen.sum())
-    n_latent = min(recipe.n_latent, size, max(1, n_spots - 1))
+    n_latent = min(recipe.n_latent, size, max(1, sum(int(chosen.sum()) for _, chosen in used) - 1))
     if recipe.context.fine_below_mpp is not None:
-        width = directions.shape[1]
         half = min(recipe.n_latent // 2, width, n_latent)
         without_rings = np.zeros((size, half))
         without_rings[:width] = principal_directions(gram[:width, :width], half) / (1 + _SMOOTHING)
@@ -215,11 +205,11 @@ def _fit_sums(sections: Sequence[Section], rows: Sequence[np.ndarray], basis: Ba
             gram += embedding.T @ embedding / views
             mean_embedding[chosen] += embedding / views
         sums, _ = section.sums(chosen)
-        cross += (section.transposed @ mean_embedding).T - np.outer(mean_embedding.sum(0), sums / chosen.sum())
+        cross += (section.targets.T @ mean_embedding).T - np.outer(mean_embedding.sum(0), sums / chosen.sum())
         total += sums
         n += chosen.sum() * section.measured
         listed = section.measured.tobytes()
-        grams[listed] = grams[listed] + gram if listed in grams else gram
+        grams[listed] = grams.get(listed, 0) + gram
     measured = np.stack([np.frombuffer(listed, bool) for listed in grams])
     return Sums(np.stack([*grams.values()]), cross, total / np.maximum(n, 1), measured, power)
 
@@ -240,14 +230,11 @@ def fit_softmax(
         bias[present] = 0.0
         return slope, bias
     fitted = LogisticRegression(C=strength, max_iter=2000, tol=1e-5).fit(embedding / scale, codes, weight)
+    coefficients, intercepts = fitted.coef_, fitted.intercept_
     if len(present) == 2:
         # For two classes scikit-learn has one column; ± half of it gives the same softmax.
-        coefficients = np.concatenate([-fitted.coef_, fitted.coef_]) / 2
-        intercepts = np.concatenate([-fitted.intercept_, fitted.intercept_]) / 2
-    else:
-        coefficients, intercepts = fitted.coef_, fitted.intercept_
-    slope[:, present] = coefficients.T / scale
-    bias[present] = intercepts
+        coefficients, intercepts = (np.concatenate([-x, x]) / 2 for x in (coefficients, intercepts))
+    slope[:, present], bias[present] = coefficients.T / scale, intercepts
     return slope, bias
 
 
@@ -257,8 +244,11 @@ def components(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
 
 
 def components_of(section: Section, basis: Basis, features: np.ndarray) -> np.ndarray:
-    """Return components of given features ``(n, f)`` of the spots of a section, and of their rings."""
-    return basis.components(np.asarray(features, np.float32), _rings(section, basis.context))
+    """Return components of given features ``(n, f)`` of the spots of a section, and of their rings, which are kept."""
+    rings_um = basis.context.rings_um
+    if rings_um not in section.rings:
+        section.rings[rings_um] = rings_of(section.centres_um, rings_um)
+    return basis.components(np.asarray(features, np.float32), section.rings[rings_um])
 
 
 def embed(section: Section, basis: Basis, view: int = 0) -> np.ndarray:
@@ -274,21 +264,13 @@ def find_rings(sections: Sequence[Section], contexts: Sequence[Context]) -> None
         section.rings[rings_um] = rings
 
 
-def _rings(section: Section, context: Context) -> tuple:
-    """Return the ring matrices of a section, computed once."""
-    if context.rings_um not in section.rings:
-        section.rings[context.rings_um] = rings_of(section.centres_um, context.rings_um)
-    return section.rings[context.rings_um]
-
-
-def moments(features: np.ndarray, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and mean square of the features over the chosen spots and symmetries, ``(f,)`` float64."""
-    total, squares = np.zeros((2, features.shape[2]))
-    views = features.shape[1]
-    for view in range(views):
+def moments(features: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return mean and mean square of the features over the chosen spots and symmetries, ``(2, f)`` float64."""
+    found = np.zeros((2, features.shape[2]))
+    for view in range(features.shape[1]):
         x = np.asarray(features[chosen, view], np.float64)
-        total, squares = total + x.mean(0) / views, squares + np.square(x).mean(0) / views
-    return total, squares
+        found += np.stack([x.mean(0), np.square(x).mean(0)]) / features.shape[1]
+    return found
 
 
 def principal_directions(gram: np.ndarray, k: int) -> np.ndarray:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,7 +20,7 @@ from ...models._ood import (
     size_error,
 )
 from ...models._stain import stain_of
-from .._sections import Section
+from .._sections import Section, groups_of
 from .heads import principal_directions
 
 N_COMPONENTS = 32
@@ -63,16 +60,17 @@ def fit_detector(
     if len(sections) < 2:
         return {}, None
     features = [np.asarray(section.features[:, 0], np.float32) for section in sections]
-    patients = [section.patient for section in sections]
-    names = list(dict.fromkeys(patients))
+    patients = groups_of(sections, "patient")
+    several = len(set(patients)) > 1
     encoded = np.where(np.arange(len(weights)) < len(weights) - n_colour, weights, 0).astype(np.float32)
-    space = _Space.fit(features, patients, encoded)
-    tensors = space.tensors() | {BANK: space.bank(features).astype(np.float16)}
+    (mean, scale, _, projection), bank = _fit_space(features, patients, encoded)
+    tensors = {MEAN: mean, SCALE: scale, WEIGHTS: encoded}
+    tensors |= {PROJECTION: projection.astype(np.float16), BANK: bank.astype(np.float16)}
     # If there is one patient, its sections are left out.
-    groups = patients if len(names) > 1 else [str(i) for i in range(len(sections))]
+    groups = patients if several else [str(i) for i in range(len(sections))]
     parts = [[i for i, group in enumerate(groups) if group == name] for name in dict.fromkeys(groups)]
     distances, residuals = zip(*_leave_out(features, groups, encoded, parts), strict=True)
-    slack = 1.0 if len(names) > 1 else _ONE_PATIENT_FACTOR
+    slack = 1.0 if several else _ONE_PATIENT_FACTOR
     tensors[SIZE], own, left_out = _fit_sizes(features, windows_um[:1] if tiled else windows_um, n_colour)
     coarsest = max(max(section.mpp for section in sections), min(windows_um) / input_px)
     limits: dict[str, object] = {
@@ -81,52 +79,38 @@ def fit_detector(
         "octaves": round(max(_OWN_FACTOR * own, float(np.clip(_LEFT_OUT_FACTOR * left_out, *_OCTAVES))), 6),
         "mpp": round(_MAX_COARSENING * coarsest, 6),
     }
-    known_limit = _known_patient_limit(features, patients, encoded)
-    if known_limit is not None:
-        limits["known"] = known_limit
+    # The largest median distance of a section of a known patient.
+    of_known = [[i] for i, name in enumerate(patients) if patients.count(name) > 1]
+    known = [float(np.median(found)) for found, _ in _leave_out(features, patients, encoded, of_known)]
+    if known:
+        limits["known"] = round(max(known), 6)
     if n_colour == N_COLOUR * len(windows_um):
         limits["stain"] = _stain_limits([stain_of(x, len(windows_um)) for x in features], patients)
     return tensors, limits
 
 
-@dataclass(frozen=True)
-class _Space:
-    """Standardisation and components of features, with equal weights of patients."""
+def _fit_space(
+    features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
+    """Return mean, scale, weights and projection of features ``(n, f)``, and the components of a sample of spots of each section.
 
-    mean: np.ndarray
-    scale: np.ndarray
-    weights: np.ndarray
-    projection: np.ndarray
-
-    @classmethod
-    def fit(cls, features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> _Space:
-        """Fit to the features of sections, ``(n, f)`` each."""
-        share = [1 / (list(patients).count(name) * len(set(patients))) for name in patients]
-        means = (part * x.mean(0, dtype=np.float64) for part, x in zip(share, features, strict=True))
-        mean = sum(means, start=np.zeros(features[0].shape[1]))
-        scale = np.sqrt(sum(part * x.var(0, dtype=np.float64) for part, x in zip(share, features, strict=True)))
-        scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
-        mean, scale = mean.astype(np.float32), scale.astype(np.float32)
-        inverse = reciprocal(scale, scale > 0) * weights
-        gram = np.zeros((len(mean), len(mean)))
-        for part, x in zip(share, features, strict=True):
-            z = ((x - mean) * inverse).astype(np.float64)
-            gram += part / len(x) * (z.T @ z)
-        projection = principal_directions(gram, min(N_COMPONENTS, len(mean))).astype(np.float16)
-        return cls(mean, scale, weights, projection)
-
-    def project(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return components of the spots of a section, and the length of the residuals."""
-        return components(features, self.mean, self.scale, self.weights, self.projection.astype(np.float32))
-
-    def bank(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Return components of a sample of spots of each section."""
-        share = max(1, _BANK // len(features))
-        return np.concatenate([self.project(x[:: -(-len(x) // share)])[0] for x in features])
-
-    def tensors(self) -> dict[str, np.ndarray]:
-        """Return the arrays for a model folder."""
-        return {MEAN: self.mean, SCALE: self.scale, WEIGHTS: self.weights, PROJECTION: self.projection}
+    Patients have equal weight. The projection is rounded to half precision, as stored.
+    """
+    share = [1 / (patients.count(name) * len(set(patients))) for name in patients]
+    means = (part * x.mean(0, dtype=np.float64) for part, x in zip(share, features, strict=True))
+    mean = sum(means, start=np.zeros(len(weights)))
+    scale = np.sqrt(sum(part * x.var(0, dtype=np.float64) for part, x in zip(share, features, strict=True)))
+    scale = np.where(scale > 1e-6 * (np.abs(mean) + 1), scale, 0)
+    mean, scale = mean.astype(np.float32), scale.astype(np.float32)
+    inverse = reciprocal(scale, scale > 0) * weights
+    gram = np.zeros((len(mean), len(mean)))
+    for part, x in zip(share, features, strict=True):
+        z = ((x - mean) * inverse).astype(np.float64)
+        gram += part / len(x) * (z.T @ z)
+    projection = principal_directions(gram, min(N_COMPONENTS, len(mean))).astype(np.float16).astype(np.float32)
+    space = mean, scale, weights, projection
+    n = max(1, _BANK // len(features))
+    return space, np.concatenate([components(x[:: -(-len(x) // n)], *space)[0] for x in features])
 
 
 def _leave_out(
@@ -135,25 +119,14 @@ def _leave_out(
     """Yield distances and residuals of the spots of the sections of each part, with statistics of all other sections."""
     for part in parts:
         others = [i for i in range(len(features)) if i not in part]
-        space = _Space.fit([features[i] for i in others], [patients[i] for i in others], weights)
-        bank = space.bank([features[i] for i in others])
-        projected = [space.project(features[i]) for i in part]
-        yield (
-            np.concatenate([distance_to_bank(own, bank) for own, _ in projected]),
-            np.concatenate([residual for _, residual in projected]),
-        )
+        space, bank = _fit_space([features[i] for i in others], [patients[i] for i in others], weights)
+        projected, residuals = zip(*(components(features[i], *space) for i in part), strict=True)
+        yield np.concatenate([distance_to_bank(own, bank) for own in projected]), np.concatenate(residuals)
 
 
 def _limit(of_groups: Sequence[np.ndarray], slack: float) -> float:
     """Return the largest quantile over left-out groups; above 0, so that constant features do not flag every slide."""
     return round(max(1e-6, slack * max(float(np.quantile(x, _LIMIT_QUANTILE)) for x in of_groups)), 6)
-
-
-def _known_patient_limit(features: Sequence[np.ndarray], patients: Sequence[str], weights: np.ndarray) -> float | None:
-    """Return the largest median distance of a section of a known patient; ``None`` if no patient has two sections."""
-    parts = [[i] for i, name in enumerate(patients) if patients.count(name) > 1]
-    found = [float(np.median(distances)) for distances, _ in _leave_out(features, patients, weights, parts)]
-    return round(max(found), 6) if found else None
 
 
 def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict[str, list[float]]:
@@ -162,13 +135,12 @@ def _stain_limits(stains: Sequence[np.ndarray], patients: Sequence[str]) -> dict
     The range of n values of a uniform distribution is on average too small by 2 / (n − 1) of itself. Half of that is added, since
     this range is over spots, which vary within a patient too; for one patient, twice the range is added.
     """
-    names = list(dict.fromkeys(patients))
     ends = []
-    for name in names:
+    for name in set(patients):
         own = np.concatenate([x for x, patient in zip(stains, patients, strict=True) if patient == name])
         ends.append(np.quantile(own, (_STAIN_TAIL, 1 - _STAIN_TAIL), axis=0))
-    low, high = np.min([end[0] for end in ends], axis=0), np.max([end[1] for end in ends], axis=0)
-    half = np.maximum((high - low) / 2 * (1 + 1 / max(len(names) - 1, 0.5)), _MIN_STAIN)
+    low, high = np.min(ends, axis=0)[0], np.max(ends, axis=0)[1]
+    half = np.maximum((high - low) / 2 * (1 + 1 / max(len(ends) - 1, 0.5)), _MIN_STAIN)
     return {"middle": [round(float(x), 6) for x in (low + high) / 2], "half": [round(float(x), 6) for x in half]}
 
 
@@ -179,7 +151,7 @@ def _fit_sizes(
     if len(windows_um) < 2:
         return np.zeros(0, np.float32), 0.0, 0.0
     n = len(features)
-    total = functools.reduce(operator.add, (_size_sums(x, windows_um, n_colour) for x in features))
+    total = sum((_size_sums(x, windows_um, n_colour) for x in features), start=np.zeros(()))
     size = _fit_size(total / n, windows_um)
 
     def worst_error(fits: Iterable[np.ndarray]) -> float:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from ...models._embedding import Basis
 from ...stats import SetScores, pearson
-from .._calibrate import Calibration, calibrate, groups_of, join_calibrations
+from .._calibrate import Calibration, calibrate, join_calibrations
 from .._held_out import Depth, HeldOut, Panel, centre_by_part
 from .._programmes import compare_scores
 from .._scratch import spill
-from .._sections import Section
+from .._sections import Section, group_codes
 from .annotation import AnnotationHead, fit_annotation
 from .heads import Choice, Recipe, Sums, embed, fit_basis, fit_sums
 
@@ -36,11 +36,6 @@ class _Fold:
     variable: np.ndarray
     annotation: AnnotationHead | None
 
-    def predict(self, i: int, section: Section, weight: np.ndarray, genes: np.ndarray | slice) -> np.ndarray:
-        """Predict some genes of the held-out spots of section ``i``, as on a slide of its resolution."""
-        embedding = self.embeddings[i] * self.basis.column_weights(section.mpp)
-        return np.maximum(embedding @ weight[:, genes] + self.sums.mean[genes], 0)
-
 
 def panels(
     sections: Sequence[Section], rows: Sequence[np.ndarray], n_target: int, n_variable: int = N_VARIABLE
@@ -49,23 +44,21 @@ def panels(
 
     Pooled variance would select genes that differ between patients, which may be constant in the tissue.
     """
-    mean: np.ndarray | float = 0.0
-    variance: np.ndarray | float = 0.0
-    spots = 0
     used = [(section, chosen) for section, chosen in zip(sections, rows, strict=True) if chosen.any()]
     everywhere = np.all([section.measured for section, _ in used], axis=0)
+    if not everywhere.any():
+        raise ValueError("`sdatas`: no gene was measured in all sections, so nothing can be compared between them")
+    (mean, variance), spots = np.zeros((2, len(everywhere))), 0
     for section, chosen in used:
         n = int(chosen.sum())
         total, squares = section.sums(chosen)
         mean, spots = mean + total, spots + n
         variance = variance + squares / n - np.square(total / n)
-    n = int(everywhere.sum())
-    if not n:
-        raise ValueError("`sdatas`: no gene was measured in all sections, so nothing can be compared between them")
-    mean, variance = np.where(everywhere, mean / spots, -1), np.where(everywhere, variance, -1)
-    return np.argsort(-mean, kind="stable")[: min(n, n_target)], np.argsort(-variance, kind="stable")[
-        : min(n, n_variable)
-    ]
+
+    def highest(values: np.ndarray, n: int) -> np.ndarray:
+        return np.argsort(-np.where(everywhere, values, -1), kind="stable")[: min(n, everywhere.sum())]
+
+    return highest(mean / spots, n_target), highest(variance, n_variable)
 
 
 def cross_validate(
@@ -95,15 +88,15 @@ def cross_validate(
         for name, folds in protocols.items()
     }
     if choice is None:
-        scores = np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0)
-        best = [np.unravel_index(part.argmax(), part.shape) for part in scores]
-        *without_rings, choice = (Choice(PENALTIES[penalty], RANKS[rank]) for penalty, rank in best)
-        if without_rings:
-            choice = replace(choice, without_rings=without_rings[0])
+        # The half without neighbours, if there is one, is first.
+        for scores in np.mean([_head_scores(sections, folds) for folds in fitted.values()], axis=0):
+            penalty, rank = np.unravel_index(scores.argmax(), scores.shape)
+            choice = Choice(PENALTIES[penalty], RANKS[rank], choice)
+    assert choice is not None
+    n_genes = 0 if panels_only else sections[0].targets.shape[1]
     return choice, {
         name: _collect(
-            *(sections, folds, choice, n_classes, name if name == calibration else None, programmes),
-            n_genes=0 if panels_only else None,
+            *(sections, folds, choice, n_classes, n_genes, name if name == calibration else None, programmes),
             by_level=recipe.by_level,
         )
         for name, folds in fitted.items()
@@ -146,94 +139,81 @@ def _collect(
     fitted: Sequence[_Fold],
     choice: Choice,
     n_classes: int,
+    g: int,
     unit: str | None,
     programmes: np.ndarray | None,
-    n_genes: int | None,
-    by_level: bool = True,
+    by_level: bool,
 ) -> HeldOut:
-    g = sections[0].targets.shape[1] if n_genes is None else n_genes
-    weights = spill(fold.sums.weights(choice) for fold in fitted)
-    parts = tuple(_parts(i, section, fitted) for i, section in enumerate(sections))
-    held = spill(_predict_section(i, sections, fitted, weights, parts[i], n_classes) for i in range(len(sections)))
+    folds = list(zip(fitted, spill(fold.sums.weights(choice) for fold in fitted), strict=True))
+    # The number of the fold that held out each spot.
+    parts = tuple(np.argmax([fold.held[i] for fold in fitted], axis=0) for i in range(len(sections)))
+    held = spill(_predict_section(i, section, folds, parts[i], n_classes) for i, section in enumerate(sections))
     panel, logits = zip(*held, strict=True)
     classes = np.concatenate(
         [np.where(np.isnan(x).any(1), -1, x.argmax(1)) if n_classes else np.full(len(x), -1) for x in logits]
     )
+    means = np.stack([fold.sums.mean for fold in fitted])
     pcc, pcc_given_depth = np.full((2, len(sections), g), np.nan)
     depths = [Depth.fit(section.totals, part) for section, part in zip(sections, parts, strict=True)]
-    error, baseline_error = np.zeros(g), np.zeros(g)
+    error, baseline_error = np.zeros((2, g))
     kept: list[Calibration] = []
     sets = () if programmes is None else (programmes, programmes)
-    scores = [tuple(SetScores(weights_of_sets, section.measured) for weights_of_sets in sets) for section in sections]
-    cuts = np.cumsum([0, *(len(section) for section in sections)])
-    step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // int(cuts[-1])))
+    scores = [tuple(SetScores(weights, section.measured) for weights in sets) for section in sections]
+    step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // len(classes)))
     for start in range(0, g, step):
         genes = slice(start, min(start + step, g))
-        measured = np.concatenate([section.dense(genes) for section in sections])
-        predicted, means = np.empty_like(measured), np.empty_like(measured)
-        for i in range(len(sections)):
-            here = slice(cuts[i], cuts[i + 1])
-            for fold, weight in zip(fitted, weights, strict=True):
-                if i in fold.embeddings:
-                    rows = fold.held[i]
-                    means[here][rows] = fold.sums.mean[genes]
-                    predicted[here][rows] = fold.predict(i, sections[i], weight, genes)
-            pair = centre_by_part(predicted[here], parts[i]), centre_by_part(measured[here], parts[i])
+        measured = [section.dense(genes) for section in sections]
+        predicted = [
+            _predict(i, section, folds, genes, np.empty_like(y))
+            for i, (section, y) in enumerate(zip(sections, measured, strict=True))
+        ]
+        for i, (x, y) in enumerate(zip(predicted, measured, strict=True)):
+            pair = centre_by_part(x, parts[i]), centre_by_part(y, parts[i])
             pcc[i, genes] = pearson(*pair)
             pcc_given_depth[i, genes] = depths[i].partial(*pair)
-            for score, values in zip(scores[i], (predicted, measured), strict=False):
-                score.add(values[here], genes)
-            error[genes] += np.nan_to_num(np.square(predicted[here] - measured[here])).sum(0, dtype=np.float64)
-            baseline_error[genes] += np.nan_to_num(np.square(means[here] - measured[here])).sum(0, dtype=np.float64)
+            for score, values in zip(scores[i], (x, y), strict=False):
+                score.add(values, genes)
+            baseline = np.empty_like(y)
+            baseline[:] = means[parts[i], genes]
+            for total, values in ((error, x), (baseline_error, baseline)):
+                total[genes] += np.nan_to_num(np.square(values - y)).sum(0, dtype=np.float64)
         if unit is not None:
-            kept.append(
-                calibrate(predicted, measured, groups_of(sections, unit), classes, n_classes, by_level=by_level)
-            )
+            joined = np.concatenate(predicted), np.concatenate(measured), group_codes(sections, unit)
+            kept.append(calibrate(*joined, classes, n_classes, by_level=by_level))
     skill = np.where(baseline_error > 0, 1 - error / np.where(baseline_error > 0, baseline_error, 1), np.nan)
-    programme_metrics = None
+    set_pcc = np.empty((2, len(sections), 0))
     if programmes is not None:
         found = [
-            compare_scores(
-                predicted_scores.t(), measured_scores.t(), (programmes[section.measured] != 0).sum(0), depth, part
-            )
-            for (predicted_scores, measured_scores), section, depth, part in zip(
-                scores, sections, depths, parts, strict=True
-            )
+            compare_scores(score, (programmes[section.measured] != 0).sum(0), depth, part)
+            for score, section, depth, part in zip(scores, sections, depths, parts, strict=True)
         ]
-        programme_metrics = np.stack(found, axis=1)
+        set_pcc = np.stack(found, axis=1)
     (correlations,) = spill([(pcc, pcc_given_depth)])
-    return HeldOut(
-        *correlations, skill, panel, logits, parts, join_calibrations(kept) if kept else None, programme_metrics
-    )
+    return HeldOut(*correlations, skill, panel, logits, parts, join_calibrations(kept) if kept else None, set_pcc)
 
 
-def _parts(i: int, section: Section, fitted: Sequence[_Fold]) -> np.ndarray:
-    """Return the number of the fold that held out each spot of section ``i``."""
-    codes = np.full(len(section), -1)
-    for f, fold in enumerate(fitted):
-        codes[fold.held[i]] = f
-    return codes
+def _predict(
+    i: int, section: Section, folds: Sequence[tuple[_Fold, np.ndarray]], genes: np.ndarray | slice, out: np.ndarray
+) -> np.ndarray:
+    """Predict some genes of section ``i``, each spot by the fold that held it out, as on a slide of its resolution."""
+    for fold, weight in folds:
+        if i in fold.embeddings:
+            embedding = fold.embeddings[i] * fold.basis.column_weights(section.mpp)
+            out[fold.held[i]] = np.maximum(embedding @ weight[:, genes] + fold.sums.mean[genes], 0)
+    return out
 
 
 def _predict_section(
-    i: int,
-    sections: Sequence[Section],
-    fitted: Sequence[_Fold],
-    weights: Sequence[np.ndarray],
-    parts: np.ndarray,
-    n_classes: int,
+    i: int, section: Section, folds: Sequence[tuple[_Fold, np.ndarray]], parts: np.ndarray, n_classes: int
 ) -> tuple[Panel, np.ndarray]:
     """Return held-out panel and logits of section ``i``."""
-    section = sections[i]
-    folds = [(fold, weight) for fold, weight in zip(fitted, weights, strict=True) if i in fold.embeddings]
-    target, variable = folds[0][0].target, folds[0][0].variable
+    used = [fold for fold, _ in folds if i in fold.embeddings]
+    target, variable = used[0].target, used[0].variable
     genes = np.concatenate([target, variable])
-    predicted = np.empty((len(section), len(genes)), np.float32)
+    predicted = _predict(i, section, folds, genes, np.empty((len(section), len(genes)), np.float32))
     scores = np.full((len(section), n_classes), np.nan)
-    for fold, weight in folds:
-        predicted[fold.held[i]] = fold.predict(i, section, weight, genes)
+    for fold in used:
         if fold.annotation is not None:
             scores[fold.held[i]] = fold.annotation.logits(section)[fold.held[i]]
-    return Panel(
-        target, variable, centre_by_part(predicted, parts), centre_by_part(section.dense(genes), parts)
-    ), scores
+    pair = centre_by_part(predicted, parts), centre_by_part(section.dense(genes), parts)
+    return Panel(target, variable, *pair), scores

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from .module import advice
 from .run_options import LAST
 
 #: Loss, relative to that of the first step, above which training has diverged.
 _DIVERGENCE_RATIO = 10.0
+#: Attributes of a :class:`Keeper` from which a run is resumed.
+_STATE = ("best", "best_epoch", "history", "stopped", "position", "first", "loss")
 
 
 class Keeper(Callback):
@@ -30,20 +31,18 @@ class Keeper(Callback):
         self.stopped = False
         self.first: float | None = None
         self.position: dict[str, int] | None = None
-        self._loss = [0.0, 0]
+        self.loss = [0.0, 0]  # sum over the steps of the epoch, and their number
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Broadcast the folder of the first process to all processes."""
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("best", "best_epoch", "history", "stopped", "run", "position", "first")
-        return {name: getattr(self, name) for name in names} | {"loss": list(self._loss)}
+        return {name: getattr(self, name) for name in (*_STATE, "run")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
-        self.history, self.stopped, self._loss = state_dict["history"], state_dict["stopped"], state_dict["loss"]
-        self.position, self.first = state_dict["position"], state_dict["first"]
+        for name in _STATE:
+            setattr(self, name, state_dict[name])
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Restore the position in the epoch; a run that had stopped early stays stopped."""
@@ -57,8 +56,7 @@ class Keeper(Callback):
         """Sum the loss; write a checkpoint every ``every`` steps."""
         if self.first is None:
             self.first = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
-        self._loss[0] += float(outputs["loss"])
-        self._loss[1] += 1
+        self.loss = [self.loss[0] + float(outputs["loss"]), self.loss[1] + 1]
         # After the last batch, the checkpoint of the epoch is written, after validation.
         last = trainer.fit_loop.epoch_loop.batch_progress.current.ready == trainer.num_training_batches
         if trainer.global_step % self.every == 0 and not last:
@@ -66,28 +64,19 @@ class Keeper(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Compare with the best epoch, decide whether to stop, and write a checkpoint."""
-        epoch, (total, n) = trainer.current_epoch, self._loss
-        loss = float(trainer.strategy.reduce(torch.tensor(total / n, device=pl_module.device), reduce_op="mean"))
-        self._loss = [0.0, 0]
+        epoch, preset, error = trainer.current_epoch, pl_module.preset, pl_module.val_loss
+        mean = torch.tensor(self.loss[0] / self.loss[1], device=pl_module.device)
+        loss = float(trainer.strategy.reduce(mean, reduce_op="mean"))
+        self.loss = [0.0, 0]
         # The rate of the optimizer is already that of the next epoch.
-        lr = pl_module.preset.lr * pl_module.preset.lr_factor ** (epoch // pl_module.preset.lr_step)
-        self.history.append(
-            {
-                "epoch": epoch,
-                "lr": lr,
-                "loss": loss,
-                "held_out_error": pl_module.val_loss,
-                "held_out_pearson": pl_module.val_pearson,
-            }
-        )
-        errors = [row["held_out_error"] for row in self.history]
-        if not errors[-1] < float("inf") or (self.first is not None and loss > _DIVERGENCE_RATIO * self.first):
+        row = {"epoch": epoch, "lr": preset.lr * preset.lr_factor ** (epoch // preset.lr_step), "loss": loss}
+        self.history.append(row | {"held_out_error": error, "held_out_pearson": pl_module.val_pearson})
+        if not error < float("inf") or (self.first is not None and loss > _DIVERGENCE_RATIO * self.first):
             raise RuntimeError(
                 f"training diverged: in epoch {epoch} the loss is {loss:.4g} (in the first step it was "
-                f"{self.first:.4g}) and the held-out error {errors[-1]:.4g}. "
-                + advice(pl_module.preset, str(trainer.precision))
+                f"{self.first:.4g}) and the held-out error {error:.4g}. {pl_module.advice()}"
             )
-        if self.best_epoch < 0 or errors[-1] < errors[self.best_epoch]:
+        if self.best_epoch < 0 or error < self.history[self.best_epoch]["held_out_error"]:
             self.best_epoch = epoch
             self.best = {key: value.detach().cpu().clone() for key, value in pl_module.state_dict().items()}
         self.stopped = epoch - self.best_epoch >= self.patience
@@ -100,8 +89,8 @@ class Keeper(Callback):
         self.position = loader.state_dict()
         if trainer.world_size > 1:
             # The first process writes the file, so the loss must be the mean over all.
-            total = torch.tensor(self._loss[0], device=trainer.strategy.root_device)
-            self._loss[0] = float(trainer.strategy.reduce(total, reduce_op="mean"))
+            total = torch.tensor(self.loss[0], device=trainer.strategy.root_device)
+            self.loss[0] = float(trainer.strategy.reduce(total, reduce_op="mean"))
         new = self.folder / f"{LAST}.new"
         try:
             trainer.save_checkpoint(new)

@@ -74,7 +74,11 @@ def fit_network(
     from .checkpoint import Keeper, check_checkpoint
     from .module import TrainingModule
 
-    accelerator, used = hardware(device, run.devices)
+    device = torch.device(device)
+    accelerator = device.type
+    devices: Any = run.devices
+    if devices is None:
+        devices = 1 if device.index is None else [device.index]
     precision: Any = run.precision or ("32-true" if preset.exact else default_precision(accelerator))
     if accelerator == "cpu":
         n_neighbours = 0 if data.neighbours is None or not preset.neighbour_weight else data.neighbours.shape[1]
@@ -100,12 +104,11 @@ def fit_network(
         module = TrainingModule(
             encoder, spec, preset, data, rows, n_classes=n_classes, patches_at_once=run.patches_at_once, seed=seed
         ).train()
-        facts = _facts(data, preset, spec, rows, seed)
-        facts |= {"patches_at_once": run.patches_at_once, "data": _digests(data, names or {})}
+        facts = _facts(data, preset, spec, rows, names or {}) | {"seed": seed, "patches_at_once": run.patches_at_once}
         keeper = Keeper(folder, patience=preset.patience, every=run.checkpoint_steps, run=facts)
         trainer = Trainer(
             accelerator=accelerator,
-            devices=used,
+            devices=devices,
             num_nodes=run.num_nodes,
             strategy=run.strategy,
             precision=precision,
@@ -131,21 +134,19 @@ def fit_network(
                 f"the device is out of memory: pass a small `patches_at_once`, lower `batch_size` (it is {preset.batch_size}), or "
                 "take a smaller encoder; hg.tl.train takes both as preset=hg.PaperRecipe(..., patches_at_once=..., batch_size=...)"
             ) from error
-        if not keeper.best and not last.is_file():
-            raise RuntimeError(
-                "one of `callbacks` stopped training before its first epoch ended, so there are no weights"
-            )
         if not keeper.best:
+            if not last.is_file():
+                raise RuntimeError(
+                    "one of `callbacks` stopped training before its first epoch ended, so there are no weights"
+                )
             # The processes of a spawning strategy have ended; only the file remains.
-            state = torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"]
-            keeper.load_state_dict(state)
+            keeper.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"])
         module.load_state_dict(keeper.best)
         module.to(trainer.strategy.root_device)
         tensors = name_tensors(module)
-        temperature = None if preset.exact else calibrate(module, spec, tensors, rows.held_out, preset.tta)
-        expression, proba = predict_rows(module, spec, tensors, predicted, preset.tta)
-    found = predicted, expression, proba, rows.train, temperature
-    return Fitted(tensors, keeper.history, keeper.best_epoch, rows.unit, *found)
+        temperature = None if preset.exact else calibrate(module, tensors, rows.held_out)
+        found = predicted, *predict_rows(module, tensors, predicted)
+    return Fitted(tensors, keeper.history, keeper.best_epoch, rows.unit, *found, rows.train, temperature)
 
 
 def _check(data: PatchSet, rows: Split) -> None:
@@ -156,28 +157,26 @@ def _check(data: PatchSet, rows: Split) -> None:
             raise ValueError(f"no {part} section measured any of the target genes")
 
 
-def _facts(data: PatchSet, preset: Preset, spec: EncoderSpec, rows: Split, seed: int) -> dict[str, Any]:
-    """Return the settings that must be equal to resume a run; ``max_epochs`` may change."""
+def _facts(
+    data: PatchSet, preset: Preset, spec: EncoderSpec, rows: Split, names: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Return the settings that must be equal to resume a run, and digests of its data; ``max_epochs`` may change."""
     facts = {key: value for key, value in vars(preset).items() if isinstance(value, int | float | str)}
     if not preset.exact:
         # Checkpoints of earlier versions lack this field.
         del facts["exact"]
     del facts["max_epochs"]
-    return facts | {"seed": seed, "encoder": spec.name, "held_out": _digest([rows.train, rows.held_out])}
-
-
-def _digests(data: PatchSet, names: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    """Return digests of all data of a run; one pass over the pixels costs less than an epoch."""
-    rows = np.arange(len(data))
-    found: dict[str, Iterable[np.ndarray | bytes]] = {
+    # One pass over the pixels costs less than an epoch.
+    arrays: dict[str, Iterable[np.ndarray | bytes]] = {
         "pixels": (data.patches[start : start + 256] for start in range(0, len(data), 256)),
-        "expression": (values for _, values in blocks(data.targets, rows)),
+        "expression": (values for _, values in blocks(data.targets, np.arange(len(data)))),
         "labels": [data.codes],
         "grouping": [data.sections, data.patients, data.target_mask],
         "places": [array for array in (data.coordinates, data.neighbours) if array is not None],
     }
-    found |= {f"names of {kind}": ["\n".join(map(str, values)).encode()] for kind, values in names.items()}
-    return {kind: _digest(arrays) for kind, arrays in found.items()}
+    arrays |= {f"names of {kind}": ["\n".join(map(str, values)).encode()] for kind, values in names.items()}
+    digests = {kind: _digest(parts) for kind, parts in arrays.items()}
+    return facts | {"encoder": spec.name, "held_out": _digest([rows.train, rows.held_out]), "data": digests}
 
 
 def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
@@ -185,14 +184,6 @@ def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
     for array in arrays:
         digest.update(array if isinstance(array, bytes) else np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
-
-
-def hardware(device: str | torch.device, devices: Any) -> tuple[str, Any]:
-    """Return Lightning's accelerator and devices for a device and a number of devices (default: one)."""
-    device = torch.device(device)
-    if devices is None:
-        devices = 1 if device.index is None else [device.index]
-    return device.type, devices
 
 
 def default_precision(accelerator: str) -> str:

@@ -10,19 +10,7 @@ import numpy as np
 from ...stats import pearson
 from .._closed_form.validate import N_VARIABLE
 from .._figures import balanced_accuracy
-from .._predictability import (
-    GROUP_UNITS,
-    MIN_GROUPS,
-    RELIABLE_PCC,
-    bounds,
-    good_in_each_patient,
-    good_on_known_patients,
-    known_patient_rule,
-    mean_by_patient,
-    mean_of_several,
-    no_groups,
-    too_few_patients,
-)
+from .._predictability import GROUP_UNITS, RELIABLE_PCC, bounds, mean_by_patient, rule_in_words
 from .fit import Fitted
 from .patches import PatchSet, column_means
 
@@ -70,13 +58,11 @@ def held_out_sections(data: PatchSet, fitted: Fitted) -> list[HeldOutSection]:
     return found
 
 
-def variable_genes(data: PatchSet, rows: np.ndarray, n: int = N_VARIABLE) -> np.ndarray:
+def variable_genes(data: PatchSet, rows: np.ndarray) -> np.ndarray:
     """Return the genes of highest variance inside sections, averaged over the sections that measured them."""
-    variances = []
-    for section in np.unique(data.sections[rows]):
-        part = data.targets[rows[data.sections[rows] == section]]
-        variances.append(part.var(0, dtype=np.float64))
-    return np.argsort(-np.nan_to_num(bounds(np.array(variances))[0]), kind="stable")[:n]
+    parts = (rows[data.sections[rows] == section] for section in np.unique(data.sections[rows]))
+    variances = np.array([data.targets[part].var(0, dtype=np.float64) for part in parts])
+    return np.argsort(-np.nan_to_num(bounds(variances)[0]), kind="stable")[:N_VARIABLE]
 
 
 def figures(found: Sequence[HeldOutSection], names: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -111,8 +97,9 @@ def gene_figures(found: Sequence[HeldOutSection], unit: str, patients: Sequence[
     new_patient, reliable = np.full(pcc.shape[1], np.nan), np.zeros(pcc.shape[1], bool)
     if unit == "patient":
         across = mean_by_patient(pcc, [patients[part.section] for part in found])
-        new_patient = mean_of_several(across, across)
-        reliable = (bounds(across)[1] > RELIABLE_PCC) & good_in_each_patient(across) & (skill > 0)
+        new_patient, new_patient_low, _ = bounds(across)
+        new_patient = np.where(np.isfinite(across).sum(0) > 1, new_patient, np.nan)
+        reliable = (new_patient_low > RELIABLE_PCC) & (np.fmin.reduce(across) > RELIABLE_PCC) & (skill > 0)
     return {
         "pcc": mean,
         "pcc_low": low,
@@ -120,24 +107,22 @@ def gene_figures(found: Sequence[HeldOutSection], unit: str, patients: Sequence[
         "pcc_new_patient": new_patient,
         "skill": skill,
         "reliable": reliable,
-        "reliable_known_patient": good_on_known_patients(unit, low, skill),
+        "reliable_known_patient": (unit in GROUP_UNITS) & (low > RELIABLE_PCC) & (skill > 0),
     }
 
 
 def reliable_rule(found: Sequence[HeldOutSection], unit: str, patients: Sequence[int]) -> str:
     """Return the rule of reliable genes of :func:`gene_figures` in words."""
     n = len({patients[part.section] for part in found}) if unit == "patient" else 0
-    on_new = too_few_patients(n)
-    if n >= MIN_GROUPS:
-        on_new = (
-            f"the lower 95 % bound of its mean correlation over the {n} patients, held out whole, is above {RELIABLE_PCC}, so is "
-            "its correlation in each of them, and its held-out skill against the training mean is positive; it was not compared "
-            "with depth, colour and coordinates."
-        )
-    if unit not in GROUP_UNITS:
-        return f"{on_new} {no_groups(f'only held-out {unit}s')}"
+    new_patient = (
+        f"the lower 95 % bound of its mean correlation over the {n} patients, held out whole, is above {RELIABLE_PCC}, so is "
+        "its correlation in each of them, and its held-out skill against the training mean is positive; it was not compared "
+        "with depth, colour and coordinates."
+    )
     groups = "sections of held-out patients" if n else "sections, held out; valid only for known patients"
-    return f"{on_new} {known_patient_rule(f'{len(found)} {groups}', _MIN_SECTIONS)}"
+    return rule_in_words(
+        unit, n, new_patient, f"{len(found)} {groups}", least=_MIN_SECTIONS, no_groups=f"only held-out {unit}s"
+    )
 
 
 def _mean(values: np.ndarray) -> float:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,7 @@ class TrainingModule(LightningModule):
         seed: int,
     ):
         super().__init__()
-        self.preset, self.data, self.rows = preset, data, rows
+        self.spec, self.preset, self.data, self.rows = spec, preset, data, rows
         self.patches_at_once, self.seed = patches_at_once, seed
         self.preprocess = Preprocess(spec)
         self.encoder = encoder
@@ -55,28 +57,22 @@ class TrainingModule(LightningModule):
         self.val_loss = self.val_pearson = float("nan")
 
     def train_dataloader(self) -> BatchLoader:
-        return BatchLoader(
-            self.data,
-            self.rows.train,
-            batch_size=self.preset.batch_size,
-            seed=self.seed,
-            neighbours=self.preset.neighbour_weight > 0,
-            allowed=self.rows.allowed_neighbours(len(self.data)),
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        # Held-out spots are not neighbours, except in the validation of the paper.
+        allowed = np.full(len(self.data), self.rows.unit == "spot")
+        allowed[self.rows.train] = True
+        neighbours = self.preset.neighbour_weight > 0
+        options = {"seed": self.seed, "neighbours": neighbours, "allowed": allowed, **self._share()}
+        return BatchLoader(self.data, self.rows.train, **options)
 
     def val_dataloader(self) -> RowLoader:
-        return RowLoader(
-            self.data,
-            self.rows.held_out,
-            batch_size=self.preset.batch_size,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-        )
+        return RowLoader(self.data, self.rows.held_out, **self._share())
+
+    def _share(self) -> dict[str, Any]:
+        """Return the size of a batch, and which part of it this process takes."""
+        trainer = self.trainer
+        return {"batch_size": self.preset.batch_size, "rank": trainer.global_rank, "world": trainer.world_size}
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam, with a step decay of the learning rate by epochs."""
         preset = self.preset
         optimizer = torch.optim.Adam(self.parameters(), lr=preset.lr, weight_decay=preset.weight_decay)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, preset.lr_step, preset.lr_factor)
@@ -91,34 +87,38 @@ class TrainingModule(LightningModule):
         loss = self.loss(batch)
         if not torch.isfinite(loss):
             raise RuntimeError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}. "
-                + advice(self.preset, str(self.trainer.precision))
+                f"the loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}. {self.advice()}"
             )
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch["patches"]))
         return loss
 
+    def advice(self) -> str:
+        """Return advice on what to change if training diverges."""
+        lr, precision = self.preset.lr, str(self.trainer.precision)
+        mixed = f"; use precision='32-true' instead of {precision!r}" if precision.startswith(("bf16", "16")) else ""
+        return (
+            f"Lower `lr` (it is {lr:g}; try {lr / 10:g}); check that the sections hold raw counts and that no spot is nearly "
+            f"empty; check that the images are H&E{mixed}"
+        )
+
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the weighted sum of losses of a batch of :class:`he2gene_sc.training._gradient.patches.BatchLoader`."""
-        preset, n = self.preset, len(batch["patches"])
-        x = batch["patches"]
+        preset, x, mask = self.preset, batch["patches"], self.target_mask
+        n = len(x)
         if "neighbours" in batch:
             # Spots and neighbours share one pass, as in the paper; absent neighbours are not part of it.
             x = torch.cat([x, batch["neighbours"]])
         features = self.encode(self.preprocess(x))
         predicted = self.genes(features[:n]).float()
-        target, aux = gene_loss(predicted, batch["targets"], self.target_mask)
+        target, aux = gene_loss(predicted, batch["targets"], mask)
         loss = target + preset.aux_weight * aux
         if self.annotation is not None:
-            loss = loss + preset.annotation_weight * annotation_loss(
-                self.annotation(features[:n]).float(), batch["codes"]
-            )
+            logits = self.annotation(features[:n]).float()
+            loss = loss + preset.annotation_weight * annotation_loss(logits, batch["codes"])
         if "neighbours" in batch:
-            neighbour_predictions = nn.functional.linear(
-                features[n:], self.genes.weight[self.target_mask], self.genes.bias[self.target_mask]
-            )
-            loss = loss + preset.neighbour_weight * neighbour_loss(
-                predicted[:, self.target_mask], neighbour_predictions.float(), batch["owner"], batch["same"]
-            )
+            neighbours = F.linear(features[n:], self.genes.weight[mask], self.genes.bias[mask]).float()
+            distance = neighbour_loss(predicted[:, mask], neighbours, batch["owner"], batch["same"])
+            loss = loss + preset.neighbour_weight * distance
         return loss
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -164,28 +164,16 @@ class TrainingModule(LightningModule):
 def _freeze_batch_statistics(network: nn.Module) -> Iterator[None]:
     """Keep the statistics of batch normalisation while a batch is recomputed, so that it is not counted twice."""
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    counters = [norm.num_batches_tracked for norm in norms]
-    saved = [
-        (norm.momentum, None if count is None else count.clone()) for norm, count in zip(norms, counters, strict=True)
-    ]
+    saved = [(norm, norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
     try:
         for norm in norms:
             norm.momentum = 0.0
         yield
     finally:
-        for norm, counter, (momentum, count) in zip(norms, counters, saved, strict=True):
+        for norm, momentum, count in saved:
             norm.momentum = momentum
-            if counter is not None and count is not None:
-                counter.copy_(count)
-
-
-def advice(preset: Preset, precision: str) -> str:
-    """Return advice on what to change if training diverges."""
-    mixed = f"; use precision='32-true' instead of {precision!r}" if precision.startswith(("bf16", "16")) else ""
-    return (
-        f"Lower `lr` (it is {preset.lr:g}; try {preset.lr / 10:g}); check that the sections hold raw counts and that no spot "
-        f"is nearly empty; check that the images are H&E{mixed}"
-    )
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def gene_loss(

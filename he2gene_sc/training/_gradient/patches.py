@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -79,6 +79,7 @@ class PatchSet:
         return len(self.targets)
 
 
+@dataclass(eq=False)
 class BatchLoader:
     """Loads batches of training spots, which depend only on seed, epoch and position, so that a run can be resumed.
 
@@ -86,22 +87,22 @@ class BatchLoader:
     ``allowed`` serve as neighbours.
     """
 
-    def __init__(
-        self,
-        data: PatchSet,
-        rows: np.ndarray,
-        *,
-        batch_size: int,
-        seed: int,
-        neighbours: bool = False,
-        allowed: np.ndarray | None = None,
-        rank: int = 0,
-        world: int = 1,
-    ):
-        self.data, self.rows, self.batch_size, self.seed = data, rows, batch_size, seed
-        self.neighbours, self.allowed = data.neighbours if neighbours else None, allowed
-        self.rank, self.world = rank, world
-        self.epoch = self.position = 0  # of the next batch
+    data: PatchSet
+    rows: np.ndarray
+    _: KW_ONLY
+    batch_size: int
+    seed: int
+    neighbours: bool = False
+    allowed: np.ndarray | None = None
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0  # of the next batch
+    position: int = 0
+
+    @property
+    def table(self) -> np.ndarray | None:
+        """Neighbours of each spot, if they are used."""
+        return self.data.neighbours if self.neighbours else None
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
@@ -132,7 +133,7 @@ class BatchLoader:
         """Return the order of the spots, and the symmetries of each spot and (from the second column) of its neighbours."""
         rng = np.random.default_rng([self.seed, epoch])
         order = rng.permutation(self.rows)
-        k = 0 if self.neighbours is None else self.neighbours.shape[1]
+        k = 0 if self.table is None else self.table.shape[1]
         return order, rng.integers(len(SYMMETRIES), size=(len(self.data), 1 + k), dtype=np.int8)
 
     def _batch(self, order: np.ndarray, turns: np.ndarray, position: int) -> dict[str, torch.Tensor]:
@@ -143,8 +144,8 @@ class BatchLoader:
             "targets": torch.from_numpy(np.asarray(data.targets[rows], np.float32)),
             "codes": torch.from_numpy(data.codes[rows].astype(np.int64)),
         }
-        if self.neighbours is not None:
-            table = self.neighbours[rows]
+        if self.table is not None:
+            table = self.table[rows]
             usable = (table >= 0) & (True if self.allowed is None else self.allowed[table])
             owner, column = np.nonzero(usable)
             found = table[owner, column]
@@ -215,19 +216,14 @@ def neighbour_table(
         tree = KDTree(coordinates[rows])
         # One more, since the nearest spot is the spot itself.
         distance, found = tree.query(coordinates[rows], k=min(N_NEIGHBOURS + 1, len(rows)))
-        pitch = _pitch(distance) if pitch_um is None else pitch_um
+        pitch, to_others = pitch_um, distance[:, 1:]
+        if pitch is None:
+            pitch = to_others[to_others <= 1.3 * np.median(to_others[:, 0])].mean()
         near = (found != np.arange(len(rows))[:, None]) & (distance <= _MAX_DISTANCE * pitch)
         for row, (candidates, kept) in enumerate(zip(found, near, strict=True)):
             chosen = candidates[kept][:N_NEIGHBOURS]
             table[rows[row], : len(chosen)] = rows[chosen]
     return table
-
-
-def _pitch(distance: np.ndarray) -> float:
-    """Estimate the pitch from the distances ``(n, k)`` of each spot to itself and its neighbours."""
-    nearest = np.median(distance[:, 1])
-    to_others = distance[:, 1:]
-    return float(to_others[to_others <= 1.3 * nearest].mean())
 
 
 class Split(NamedTuple):
@@ -236,12 +232,6 @@ class Split(NamedTuple):
     unit: str
     train: np.ndarray
     held_out: np.ndarray
-
-    def allowed_neighbours(self, n: int) -> np.ndarray:
-        """Return which of ``n`` spots may serve as neighbours: training spots, or all in the validation of the paper."""
-        allowed = np.full(n, self.unit == "spot")
-        allowed[self.train] = True
-        return allowed
 
 
 def split(

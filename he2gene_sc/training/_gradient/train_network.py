@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +18,12 @@ from ...models._encoders.load import encoder_sha256
 from ...models._tensors import ENCODER
 from .._folds import warn_of_unit
 from .._metadata import ModelMetadata
+from .._sections import Section, group_codes
 from .fit import Fitted, fit_network
 from .held_out import HeldOutSection, figures, gene_figures, held_out_sections, reliable_rule, variable_genes
 from .patches import PatchSet, Split, Targets, balanced_folds, column_means, neighbour_table, split
 from .presets import Preset
 from .run_options import RunOptions
-
-if TYPE_CHECKING:
-    from .._sections import Section
 
 
 def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int, neighbours: bool = False) -> PatchSet:
@@ -34,7 +32,6 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
     ``patches`` ``(n, 3, s, s)`` uint8 are those of all sections. Features are not used, and targets stay sparse.
     """
     codes = np.repeat(np.arange(len(sections)), [len(section) for section in sections])
-    patients = {name: i for i, name in enumerate(dict.fromkeys(section.patient for section in sections))}
     targets = Targets([section.targets.tocsr() for section in sections], np.stack([s.measured for s in sections]))
     centres = np.concatenate([section.centres_um for section in sections])
     return PatchSet(
@@ -42,7 +39,7 @@ def patch_set(sections: Sequence[Section], patches: np.ndarray, *, n_target: int
         targets=targets,
         codes=np.concatenate([section.codes for section in sections]),
         sections=codes,
-        patients=np.array([patients[section.patient] for section in sections])[codes],
+        patients=group_codes(sections, "patient"),
         target_mask=target_mask(targets, np.arange(len(codes)), n_target),
         coordinates=centres,
         neighbours=neighbour_table(centres, None, codes) if neighbours else None,
@@ -107,35 +104,34 @@ def train_network(
             show_progress=show_progress,
         )
 
-    fold_data, fitted = fit(rows, "model")
-    protocol, found = _protocol(rows.unit), held_out_sections(fold_data, fitted)
+    model_data, model = fit(rows, "model")
+    protocol, found = _protocol(rows.unit), held_out_sections(model_data, model)
     if cross_validate:
-        protocol, found = _cross_validate(data, preset, fit)
+        unit, folds = balanced_folds(data, preset, np.arange(len(data)))
+        n_folds, found = int(folds.max()) + 1, []
+        protocol = _protocol(unit, n_folds)
+        for fold in range(n_folds):
+            # Early stopping uses a part of the other spots, not the fold.
+            rest = split(data, preset, rows=np.flatnonzero(folds != fold))
+            fold_data, fitted = fit(rest, f"fold-{fold}", np.flatnonzero(folds == fold))
+            logger.info("fold %d of %d: best epoch %d", fold + 1, n_folds, fitted.best_epoch)
+            found += held_out_sections(fold_data, fitted)
     n_spots = np.bincount(data.sections, minlength=len(sections))
-    training = metadata.spots(sections, n_spots, data.codes) | _training(data, preset, fitted, sections, seed)
-    return _describe(
-        fold_data, metadata, preset, encoder, fitted, training, {protocol: figures(found, names["sections"])}, found
-    )
+    facts = {
+        "training": metadata.spots(sections, n_spots, data.codes) | _training(data, preset, model, sections, seed),
+        "metrics": {protocol: figures(found, names["sections"])},
+    }
+    return _describe(model_data, metadata, preset, encoder, model, found, facts)
 
 
-def _protocol(unit: str) -> str:
+def _protocol(unit: str, n_folds: int = 0) -> str:
     if unit == "spot":
         return "random spots of the training patients, as in the paper: this LEAKS, do not report it as accuracy"
-    warning = "; another part of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    parts = "other parts" if n_folds else "another part"
+    warning = f"; {parts} of the SAME section, do not report it as accuracy" if unit == "block" else ""
+    if n_folds:
+        return f"cross-validated over {n_folds} folds of {unit}s{warning}"
     return f"one fold of held-out {unit}s, also used for early stopping, so metrics are slightly optimistic{warning}"
-
-
-def _cross_validate(data: PatchSet, preset: Preset, fit: Any) -> tuple[str, list[HeldOutSection]]:
-    """Hold out one fold after the other; early stopping uses a part of the other spots, not the fold."""
-    unit, folds = balanced_folds(data, preset, np.arange(len(data)))
-    found: list[HeldOutSection] = []
-    for fold in np.unique(folds):
-        test, rest = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
-        fold_data, fitted = fit(split(data, preset, rows=rest), f"fold-{fold}", test)
-        logger.info("fold %d of %d: best epoch %d", fold + 1, folds.max() + 1, fitted.best_epoch)
-        found += held_out_sections(fold_data, fitted)
-    warning = "; other parts of the SAME section, do not report it as accuracy" if unit == "block" else ""
-    return f"cross-validated over {folds.max() + 1} folds of {unit}s{warning}", found
 
 
 def _describe(
@@ -144,12 +140,10 @@ def _describe(
     preset: Preset,
     encoder: nn.Module,
     fitted: Fitted,
-    training: dict[str, Any],
-    metrics: dict[str, Any],
     found: list[HeldOutSection],
+    facts: dict[str, Any],
 ) -> HE2Gene:
-    patient_of = dict(zip(data.sections.tolist(), data.patients.tolist(), strict=True))
-    patients = [patient_of[i] for i in sorted(patient_of)]
+    patients = data.patients[np.unique(data.sections, return_index=True)[1]].tolist()
     variable = variable_genes(data, np.arange(len(data)))
     mean = column_means(data.targets, np.arange(len(data)))
     genes = gene_figures(found, fitted.unit, patients)
@@ -164,8 +158,7 @@ def _describe(
     card = replace(metadata, encoder_sha256=encoder_sha256(trained)).card(
         table,
         fitted.tensors,
-        training=training,
-        metrics=metrics,
+        **facts,
         reliable_rule=reliable_rule(found, fitted.unit, patients),
         limitations=(
             *metadata.limitations,
@@ -183,10 +176,9 @@ def _describe(
 def _calibration(fitted: Fitted, preset: Preset) -> list[str]:
     if "annotation.weight" not in fitted.tensors:
         return []
-    if preset.exact:
-        return ["The probabilities of its annotation are not calibrated, as in the paper."]
     if fitted.temperature is None:
-        return ["The probabilities of its annotation are not calibrated: no labels of two classes were held out."]
+        reason = ", as in the paper" if preset.exact else ": no labels of two classes were held out"
+        return [f"The probabilities of its annotation are not calibrated{reason}."]
     return [
         f"The probabilities of its annotation are calibrated by one temperature on the held-out {fitted.unit}s that were "
         "also used for early stopping, in the training window; predictions average all windows."

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...models import EncoderSpec
 from ...models._embedding import NO_CONTEXT
 from ...models._network import SYMMETRIES, FeatureExtractor, Network
 from ...models._tensors import ENCODER
@@ -41,25 +40,23 @@ def name_tensors(module: TrainingModule) -> dict[str, np.ndarray]:
     return tensors
 
 
+@torch.no_grad()
 def predict_rows(
-    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
+    module: TrainingModule, tensors: dict[str, np.ndarray], rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Predict spots from the training window with the network of inference."""
-    network = _network(module, spec, tensors)
-    genes = torch.arange(module.data.targets.shape[1], device=module.device)
-    expression = np.empty((len(rows), len(genes)), np.float32)
+    expression = np.empty((len(rows), module.data.targets.shape[1]), np.float32)
     proba = np.empty((len(rows), len(tensors.get("annotation.bias", ()))), np.float32)
-    with torch.inference_mode():
-        for part, views in _views(network, module, rows, tta):
-            expression[part] = network.expression(views.mean(1), genes).cpu().numpy()
-            if network.has_annotation:
-                proba[part] = network.annotation(views).mean(1).cpu().numpy()
+    genes = torch.arange(expression.shape[1], device=module.device)
+    for part, network, views in _views(module, tensors, rows):
+        expression[part] = network.expression(views.mean(1), genes).cpu().numpy()
+        if network.has_annotation:
+            proba[part] = network.annotation(views).mean(1).cpu().numpy()
     return expression, proba
 
 
-def calibrate(
-    module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray], rows: np.ndarray, tta: bool
-) -> float | None:
+@torch.no_grad()
+def calibrate(module: TrainingModule, tensors: dict[str, np.ndarray], rows: np.ndarray) -> float | None:
     """Divide the annotation head by the temperature that maximises the likelihood of held-out labels, and return it.
 
     Probabilities are averaged over symmetries, as in inference. With fewer than two classes, nothing changes and ``None`` is returned.
@@ -68,27 +65,22 @@ def calibrate(
     rows, codes = rows[codes >= 0], codes[codes >= 0]
     if "annotation.weight" not in tensors or len(np.unique(codes)) < 2:
         return None
-    network = _network(module, spec, tensors)
-    with torch.inference_mode():
-        # Log probabilities are logits up to a constant, which has no effect.
-        logits = [network.annotation(views).log().cpu().numpy() for _, views in _views(network, module, rows, tta)]
+    # Log probabilities are logits up to a constant, which has no effect.
+    logits = [network.annotation(views).log().cpu().numpy() for _, network, views in _views(module, tensors, rows)]
     found = temperature(np.maximum(np.concatenate(logits), -_LARGEST_LOGIT), codes)
     for name in ("annotation.weight", "annotation.bias"):
         tensors[name] = (tensors[name] / found).astype(np.float32)
     return found
 
 
-def _network(module: TrainingModule, spec: EncoderSpec, tensors: dict[str, np.ndarray]) -> Network:
-    heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
-    extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), spec, fusion="mean")
-    return Network(extractor, heads, NO_CONTEXT).to(module.device)
-
-
 def _views(
-    network: Network, module: TrainingModule, rows: np.ndarray, tta: bool
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield features ``(b, r, f)`` of spots in the training window, batch by batch."""
+    module: TrainingModule, tensors: dict[str, np.ndarray], rows: np.ndarray
+) -> Iterator[tuple[slice, Network, torch.Tensor]]:
+    """Yield features ``(b, r, f)`` of spots in the training window, batch by batch, with the network of inference."""
+    heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
+    extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), module.spec, fusion="mean")
+    network = Network(extractor, heads, NO_CONTEXT).to(module.device)
     for start in range(0, len(rows), _BATCH):
         part = slice(start, start + _BATCH)
         patches = torch.from_numpy(np.asarray(module.data.patches[rows[part]])).to(module.device)
-        yield part, network.extractor((patches,), SYMMETRIES if tta else SYMMETRIES[:1])
+        yield part, network, network.extractor((patches,), SYMMETRIES if module.preset.tta else SYMMETRIES[:1])
