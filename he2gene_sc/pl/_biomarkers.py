@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import is_object
-from .._core.results import find_result, find_results
+from .._core.results import find_results
 from ..get._results import biomarkers as get_biomarkers
 from ..get._results import genes_of_result
 from ._canvas import axes_for, finish, name_points
@@ -92,24 +91,22 @@ def biomarkers(
     """
     validate.arguments(biomarkers, locals())
     validate.one_of(kind, ("volcano", "dot"), "kind")
-    data = data if is_object(data) else list(data)
-    frame = get_biomarkers(data, group, key=key, table_key=table_key)
-    record = find_result(data, "biomarkers", key, table_key)
-    named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    if named is not None:
-        table = find_results(data, "biomarkers", key, table_key)[0]
-        named = genes_of_result(table, named, frame["names"], "tested")
+    table = find_results(data, "biomarkers", key, table_key)[0]
+    record, frame = table.uns[key], get_biomarkers(table, group, key=key)
+    named = None
+    if genes is not None:
+        named = genes_of_result(table, validate.names(genes, "genes", one=True), frame["names"], "tested")
     reference = str(record["params"]["reference"])
-    groups = list(dict.fromkeys(frame["group"]))
+    parts = dict(iter(frame.groupby("group", sort=False, observed=True)))
     if kind == "dot":
-        (axes,) = axes_for(1, ax, 1, panel=6.0, figsize=figsize, title=title, save=save)
+        panels = axes_for(1, ax, 1, figsize, title, save, panel=6.0)
         if named is None:
-            named = list(dict.fromkeys(name for g in groups for name in _extremes(frame[frame["group"] == g], n_genes)))
-        _dots(axes, record, groups, named, reference)
-        return finish([axes], save, title, show, return_fig)
-    panels = axes_for(len(groups), ax, ncols, figsize=figsize, title=title, save=save)
-    for name, panel in zip(groups, panels, strict=True):
-        _volcano(panel, frame[frame["group"] == name], name, reference, named, n_genes, fdr)
+            named = list(dict.fromkeys(name for part in parts.values() for name in _extremes(part, n_genes)))
+        _dots(panels[0], record, list(parts), named, reference)
+    else:
+        panels = axes_for(len(parts), ax, ncols, figsize, title, save)
+        for (name, part), panel in zip(parts.items(), panels, strict=True):
+            _volcano(panel, part, name, reference, named, n_genes, fdr)
     return finish(panels, save, title, show, return_fig)
 
 
@@ -123,12 +120,8 @@ def _volcano(
     ax.scatter(part["effect_size"], height, c=colours, s=8, linewidths=0, rasterized=len(part) > 2000)
     if passed.any():
         ax.axhline(height[passed].min(), color="0.5", linewidth=0.8, linestyle=":")
-    significant = part[passed]
-    up, down = significant[significant["scores"] > 0], significant[significant["scores"] < 0]
-    labelled = (
-        part[part["names"].isin(named)] if named is not None else pd.concat([up.head(n_genes), down.tail(n_genes)])
-    )
-    _label(ax, part["effect_size"], height, labelled)
+    labelled = part["names"].isin(_extremes(part[passed], n_genes) if named is None else named)
+    _label(ax, part["effect_size"], height, part[labelled])
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.set_xlabel(f"difference to {reference} (ln)")
     ax.set_ylabel("-log10 p")
@@ -149,7 +142,7 @@ def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None
 
 
 def _extremes(part: pd.DataFrame, n: int) -> list[str]:
-    part = part.dropna(subset=["scores"])
+    """Return the genes with the highest and with the lowest scores."""
     return [*part.loc[part["scores"] > 0, "names"].head(n), *part.loc[part["scores"] < 0, "names"].tail(n)]
 
 
@@ -159,14 +152,11 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
 
     rows = pd.DataFrame(record["samples"])
     effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], object))
-    kept = rows["group"].isin(groups).to_numpy()
-    rows, effects = rows[kept].reset_index(drop=True), effects[kept].reindex(columns=genes).reset_index(drop=True)
-    block = rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy()
-    order = np.argsort(block, kind="stable")
-    rows, effects, block = rows.iloc[order], effects.iloc[order], block[order]
+    block = pd.Index(groups).get_indexer(rows["group"])
+    order = np.argsort(block, kind="stable")[(block < 0).sum() :]  # -1 are other groups
+    rows, block, values = rows.iloc[order], block[order], effects.reindex(columns=genes).to_numpy()[order]
     # Write the name of a group once, in a separate line above its patients.
     lines = np.arange(len(rows)) + block + 1
-    values = effects.to_numpy()
     y, x = np.broadcast_to(lines[:, None], values.shape), np.indices(values.shape)[1]
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     spots = rows["n_spots"].to_numpy(float)

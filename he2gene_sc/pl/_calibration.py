@@ -121,14 +121,7 @@ def calibration(
             )
         keys = Keys(ours or prediction_key)
         bounds = [calibration_intervals(table, calibration, c, by, symbols_in(table, gene_symbols)) for c in levels]
-        options = AlignOptions(
-            layer,
-            measured,
-            measured_scale,
-            gene_symbols=gene_symbols,
-            is_other=ours is None,
-            layer_scale=calibration.layer_scale,
-        )
+        special: dict[str, Any] = {"is_other": ours is None, "layer_scale": calibration.layer_scale}
     else:
         table = get_table(data, table_key, prediction_key=prediction_key)
         keys, record = Keys(prediction_key), record_of(table, prediction_key)
@@ -141,19 +134,18 @@ def calibration(
             bounds = [model_intervals(table, record, model, c, by, own, keys) for c in levels]
         else:
             bounds = [adapted_intervals(adapted, c, by, table.n_vars) for c in levels]
-        options = AlignOptions(
-            layer, measured, measured_scale, model=None if model is None else load(model), gene_symbols=gene_symbols
-        )
+        special = {"model": None if model is None else load(model)}
+    options = AlignOptions(layer, measured, measured_scale, gene_symbols=gene_symbols, **special)
     aligned = align_expression(data, table, keys, options)
     genes = np.flatnonzero(np.all([intervals.known[aligned.columns] for intervals in bounds], axis=0))
     if not len(genes):
         raise ValueError(
             "`measured`: no gene with intervals was measured; pass a layer with measured genes of the prediction"
         )
-    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title, save=save)
+    axes = axes_for(1 if annotation_key is None else 2, ax, 2, figsize, title, save)
     predicted, truth = aligned.predicted[:, genes], aligned.measured[:, genes]
     ends = (intervals.ends(predicted, aligned.columns[genes], aligned.rows) for intervals in bounds)
-    covered = np.stack([_coverage(pair, truth) for pair in ends])
+    covered = np.stack([_coverage(low, high, truth) for low, high in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
         proba, codes, _ = class_probabilities(aligned, annotation_key, table, keys)
@@ -168,14 +160,11 @@ def _check_coverages(coverages: Any) -> np.ndarray:
         raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]") from None
     if not coverages:
         raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
-    for coverage in coverages:
-        validate.in_range(coverage, "coverages", above=0, below=1)
-    return np.asarray(coverages, float)
+    return np.array([validate.in_range(coverage, "coverages", above=0, below=1) for coverage in coverages], float)
 
 
-def _coverage(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
+def _coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the share of the measured values of each gene inside its intervals, ``(g,)``."""
-    low, high = ends
     known = np.isfinite(truth) & np.isfinite(high)
     # A value of 0 is inside if the lower end was floored at 0.
     inside = known & (truth >= np.maximum(low, 0)) & (truth <= np.maximum(high, 0))
@@ -208,22 +197,9 @@ def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
     ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--")
     ax.plot(x, y, color="#1f77b4", lw=0.8)
     ax.scatter(x, y, s=10 + 150 * size / size.max(), color="#1f77b4", alpha=0.7)
-    for confidence_of_bin, share, n in zip(x, y, size, strict=True):
-        low = share > 0.5
-        ax.annotate(
-            f"{n:,}",
-            (confidence_of_bin, share),
-            xytext=(0, -9 if low else 9),
-            textcoords="offset points",
-            ha="center",
-            va="top" if low else "bottom",
-            fontsize=8,
-        )
+    for point, n in zip(np.column_stack([x, y]), size, strict=True):
+        offset, va = (-9, "top") if point[1] > 0.5 else (9, "bottom")
+        ax.annotate(f"{n:,}", point, (0, offset), textcoords="offset points", ha="center", va=va, fontsize=8)
     error = float(np.abs(x - y) @ size / size.sum())
-    ax.set(
-        xlabel="confidence",
-        ylabel="share of correct classes",
-        title=f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}",
-        xlim=(0, 1.05),
-        ylim=(0, 1.05),
-    )
+    ax.set(xlabel="confidence", ylabel="share of correct classes", xlim=(0, 1.05), ylim=(0, 1.05))
+    ax.set_title(f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}")

@@ -17,7 +17,7 @@ from .._core.results import find_results
 from .._core.slide import slides_of
 from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
 from ..tl._domains.domain_preservation import MIN_SPOTS
-from ._canvas import Canvas, finish
+from ._canvas import Canvas
 from ._panels import Panel, Style, draw_panels
 
 if TYPE_CHECKING:
@@ -95,20 +95,18 @@ def domains(
     columns |= {f"{key}_{name}": name for name in ("measured", "predicted") if f"{key}_{name}" in table.obs}
     labels = {column: _labels(table, spots, column) for column in columns}
     colours = _colours(table, labels)
-    titles = [_title(record, section, name) for name in columns.values()]
-    canvas = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
+    canvas = _canvas(data, table, spots, record) if image else None
     if canvas is None:
         spots_of(table)
         canvas = Canvas(table[spots])
     panels = [Panel(canvas, "tissue")] if canvas.slide is not None else []
-    for column, name in zip(columns, titles, strict=True):
+    for column, name in columns.items():
         present = set(labels[column].iloc[spots].dropna())
         values = labels[column][canvas.table.obs_names]
         legend = {label: colour for label, colour in colours.items() if label in present}
         values = values.where(values.isin(present), None).to_numpy(object)
-        panels.append(Panel(canvas, name, values, legend, name_unknown=False))
-    axes = draw_panels(panels, style, ax, 4, figsize, title, save)
-    return finish(axes, save, title, show, return_fig)
+        panels.append(Panel(canvas, _title(record, section, name), values, legend, name_unknown=False))
+    return draw_panels(panels, style, ax, 4, figsize, title, save, show, return_fig)
 
 
 def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
@@ -116,16 +114,16 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     scored = [name for name in record["table"]["section"].unique() if name != "all"]
     if section is None:
         validate.not_ambiguous(scored, "section")
-    chosen: str = scored[0] if section is None else section
-    if chosen not in scored:
-        raise ValueError(f"`section` {chosen!r} was not scored, valid: {scored}")
+        section = scored[0]
+    if section not in scored:
+        raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
     names = unique_section_names(sections_of(table, params.get("section_key", SECTION)), samples)
-    return chosen, np.flatnonzero(names == chosen)
+    return section, np.flatnonzero(names == section)
 
 
-def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
+def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, record: Mapping) -> Canvas | None:
     """Return the slide of the section, or ``None`` without an image or if the table annotates nothing."""
     attrs = annotation_target(table)
     if attrs is None or not getattr(data, "images", None):
@@ -133,11 +131,11 @@ def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, pred
     regions = table.obs[attrs["region_key"]]
     shapes = regions.iloc[spots[0]]
     try:
-        slides = slides_of(data, table, prediction)
+        slides = slides_of(data, table, prediction_of(table, record["params"].get("layer")))
     except ValueError:
         return None
-    slide = next((slide for slide in slides if slide.shapes_key == shapes), None)
-    return None if slide is None else Canvas(table[(regions == shapes).to_numpy()], slide, data)
+    own = (slide for slide in slides if slide.shapes_key == shapes)
+    return next((Canvas(table[(regions == shapes).to_numpy()], slide, data) for slide in own), None)
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.elements import is_object
-from .._core.genes import find_genes, symbols_in
+from .._core.genes import find_genes, match_genes, symbols_in
 from .._core.keys import Keys
 from .._core.predictions import IF_NONE_RELIABLE, gene_flags, predicting_model, symbols_of
 from .._core.results import find_result
@@ -104,14 +104,13 @@ def predictability(
         table, rule = _model_genes(model, prediction_key, table_key, gene_symbols)
         band_label, y_label = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
     else:
-        table, rule, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
-        band_label = rule
+        table, band_label, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
     if table["pcc"].isna().all():
         what = "`model` has no held-out metrics" if key is None else f"`key` {key!r} has no correlation of any gene"
         raise ValueError(f"{what}, so the accuracy of its genes is unknown; pass another one")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
-    (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title, save=save)
+    (ax,) = axes_for(1, ax, 1, figsize, title, save, panel=6.0)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
         low, high = table["pcc_low"], table["pcc_high"]
@@ -123,14 +122,16 @@ def predictability(
         bars = np.stack([low.iloc[rows], high.iloc[rows], gap], 1).ravel()
         ax.plot(np.repeat(rows + 1.0, 3), bars, color="#8fa3b8", lw=1, zorder=2)
     if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
-        faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
-        ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
-        ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
+        size, alpha = (2, 0.2) if len(table) > _MANY else (8, 0.7)
+        style: dict[str, Any] = {"lw": 0, "color": _NEW_PATIENT, "zorder": 2, "rasterized": True}
+        ax.scatter(rank, table["pcc_new_patient"], s=size, alpha=alpha, **style)
+        n_patients = re.search(r"the (\d+) patients, held out whole", rule)
+        label = f"mean over {n_patients[1]} held-out patients" if n_patients else "held-out patients"
+        ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=label, zorder=4)
     for reliable, name in ((False, "not reliable"), (True, "reliable")) if key is None else ((True, "genes"),):
         mask = table["reliable"].to_numpy(bool) == reliable
-        ax.scatter(
-            rank[mask], table["pcc"][mask], s=7, color=_COLOURS[reliable], label=f"{name} ({mask.sum():,})", zorder=3
-        )
+        label = f"{name} ({mask.sum():,})"
+        ax.scatter(rank[mask], table["pcc"][mask], s=7, color=_COLOURS[reliable], label=label, zorder=3)
     if "ceiling" in table and table["ceiling"].notna().any():
         ax.plot(*_running(table["ceiling"]), color="#ff7f0e", label="noise ceiling", zorder=3)
     ax.axhline(0, color="k", lw=0.5)
@@ -149,13 +150,12 @@ def predictability(
 
 def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
     """Return the genes to label, best first."""
-    is_number = validate.is_whole(genes)
-    if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
-        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of genes from 0, are needed")
-    if is_number:
+    if validate.is_whole(genes) and genes >= 0:
         wanted = list(table.index[:genes])
-    else:
+    elif np.iterable(genes):
         wanted = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    else:
+        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of genes from 0, are needed")
     positions = find_genes(wanted, table.index, one_to_one=False)
     if "symbol" in table:
         positions = np.where(positions >= 0, positions, find_genes(wanted, table["symbol"], one_to_one=False))
@@ -199,12 +199,6 @@ def _unit(rule: str) -> str:
     return f"{match[1]} held-out " + ("patients" if match[2] == "patients" else "sections of known patients")
 
 
-def _new_patients(rule: str) -> str:
-    """Return the legend entry of the correlations with held-out patients."""
-    match = re.search(r"the (\d+) patients, held out whole", rule)
-    return f"mean over {match[1]} held-out patients" if match else "held-out patients"
-
-
 def _model_genes(
     model: object, prediction_key: str, table_key: str | None, gene_symbols: str | None
 ) -> tuple[pd.DataFrame, str]:
@@ -214,8 +208,6 @@ def _model_genes(
     if isinstance(model, HE2Gene | str | Path):
         loaded = load(model)
         return loaded.genes, loaded.card.reliable_rule
-    from .._core.genes import match_genes
-
     table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     if keys.predicted not in table.var:
@@ -244,14 +236,10 @@ def _evaluated_genes(
     n = genes.loc[genes["scope"] == "section", "section"].nunique()
     if n > 1:
         table = table.assign(pcc_low=sections.min(), pcc_high=sections.max())
-    layer = genes["predictor"].iloc[0]
     table.index = pd.Index(table.index.astype(str))
     if gene_symbols is not None:
         source = get_table(data, table_key)
         names = pd.Series(symbols_in(source, gene_symbols), index=source.var_names.astype(str))
         table["symbol"] = names[~names.index.duplicated()].reindex(table.index).to_numpy(object)
-    return (
-        table.assign(reliable=True),
-        f"lowest to highest of {n} sections",
-        f"Pearson correlation, {layer} with measured",
-    )
+    y_label = f"Pearson correlation, {genes['predictor'].iloc[0]} with measured"
+    return table.assign(reliable=True), f"lowest to highest of {n} sections", y_label
