@@ -54,16 +54,12 @@ def annotation(
         Object that :func:`he2gene_sc.tl.predict` wrote to, a table, or several, as in :func:`he2gene_sc.pl.spatial`.
     reference
         Column of ``obs`` with known labels, for example ``"pathologist"``, drawn in a second panel in the same colours.
-    image, bbox, palette, size, alpha, legend_loc, frameon
+    image, bbox, palette, size, alpha, legend_loc, frameon, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
-    prediction_key
-        ``key_added`` of predict.
-    table_key, shapes_key, image_key, coordinate_system
-        As given to predict.
+    prediction_key, table_key, shapes_key, image_key, coordinate_system
+        As in :func:`he2gene_sc.pl.spatial`.
     ax
         Axes to draw in: one, or two with ``reference``.
-    figsize, title, save, show, return_fig
-        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------

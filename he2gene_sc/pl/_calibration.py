@@ -77,13 +77,9 @@ def calibration(
         Layer of measured values (``None``: ``X``), and its scale, as in ``hg.tl.evaluate``.
     by, model, calibration, gene_symbols
         As in :func:`he2gene_sc.tl.intervals`: with a ``calibration`` the layer may be of any model.
-    prediction_key
-        ``key_added`` of predict.
-    table_key
-        As given to predict.
     ax
         Axes to draw in: one, or two with ``annotation_key``.
-    figsize, title, save, show, return_fig
+    prediction_key, table_key, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

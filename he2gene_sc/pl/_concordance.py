@@ -50,9 +50,7 @@ def concordance(
         As given to :func:`he2gene_sc.get.concordance`.
     ncols
         Panels in a row.
-    ax
-        Axes to draw in, one per group.
-    figsize, title, save, show, return_fig
+    figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

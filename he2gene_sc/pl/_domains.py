@@ -63,9 +63,7 @@ def domains(
         ``key_added`` of the run.
     table_key
         Table, if an object has several.
-    ax
-        Axes to draw in, one per panel.
-    alpha, figsize, title, save, show, return_fig
+    alpha, title, figsize, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

@@ -71,13 +71,7 @@ def predictability(
         the lowest to the highest section.
     gene_symbols
         As given to predict. Default: the recorded value.
-    prediction_key
-        ``key_added`` of predict.
-    table_key
-        As given to predict.
-    ax
-        Axes to draw in.
-    figsize, title, save, show, return_fig
+    prediction_key, table_key, figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

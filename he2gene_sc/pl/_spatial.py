@@ -171,13 +171,11 @@ def spatial(
     if not names and (not image or any(slide.slide is None for slide in slides)):
         raise ValueError("`genes`/`color` are empty, and there is no tissue to draw; name a gene or a column of obs")
     given = {"genes": genes, "color": color}
-    sources = _check_names(
-        slides, names, keys, "/".join(f"`{key}`" for key, value in given.items() if value is not None)
-    )
-    drawn = [
-        _panels(slide, names, found, keys, layer, measured, shared_scale)
-        for slide, found in zip(slides, sources, strict=True)
-    ]
+    parameter = "/".join(f"`{key}`" for key, value in given.items() if value is not None)
+    drawn = []
+    for slide, found in zip(slides, _check_names(slides, names, keys, parameter), strict=True):
+        sources = [(name, found[name]) for name in names]
+        drawn.append(_panels(slide, sources, keys, layer, measured, shared_scale))
     panels = complete([panel for own in drawn for panel in own], keys, palette)
     if ncols is None:
         n_panels = max(map(len, drawn))
@@ -195,11 +193,11 @@ def _as_list(names: Any, parameter: str) -> list[str]:
     return listed
 
 
-def _sources(table: AnnData, names: list[str], keys: Keys) -> list[tuple[str, Any]]:
+def _sources(table: AnnData, names: list[str], keys: Keys) -> dict[str, tuple[str, Any]]:
     """Return what each name is, and its key.
 
-    ``"gene"``: a predicted gene, by its name in ``var``. ``"column"``: a column of ``obs``. ``"class"``: a class of the model, or
-    ``"probabilities"``. ``"set"``: a gene set, by its key in ``obsm`` and the suffix of its title. Empty: unknown.
+    ``"gene"``: a predicted gene, by its name in ``var``. ``"numbers"``, ``"labels"``: a column of ``obs``. ``"class"``: a class of
+    the model, or ``"probabilities"``. ``"set"``: a gene set, by its key in ``obsm`` and the suffix of its title. Empty: unknown.
     """
     columns = np.full(len(names), -1)
     if is_prediction(table.uns.get(keys.uns)):
@@ -208,38 +206,37 @@ def _sources(table: AnnData, names: list[str], keys: Keys) -> list[tuple[str, An
         columns = np.where(np.append(gene_flags(table, keys.predicted), False)[columns], columns, -1)
     ours = {"annotation": keys.annotation, "confidence": keys.confidence, "ood": keys.ood, "tissue": keys.tissue}
     classes, sets = classes_of(table, keys), scores_of(table, keys)
-    found: list[tuple[str, Any]] = []
+    found: dict[str, tuple[str, Any]] = {}
     for name, column in zip(names, columns, strict=True):
-        in_obs = [key for key in (name, ours.get(name)) if key in table.obs]
+        in_obs = next((key for key in (name, ours.get(name)) if key in table.obs), None)
         if column >= 0:
-            found.append(("gene", table.var_names[column]))
-        elif in_obs:
-            found.append(("column", in_obs[0]))
+            found[name] = "gene", table.var_names[column]
+        elif in_obs is not None:
+            values = table.obs[in_obs]
+            is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+            found[name] = "numbers" if is_number else "labels", in_obs
         elif name in classes or (name == "probabilities" and classes):
-            found.append(("class", name))
+            found[name] = "class", name
         else:
-            found.append(("set", sets[name]) if name in sets else ("", None))
+            found[name] = ("set", sets[name]) if name in sets else ("", None)
     return found
 
 
-def _is_number(values: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-
-
-def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: str) -> list[list[tuple[str, Any]]]:
+def _check_names(
+    slides: list[Canvas], names: list[str], keys: Keys, parameter: str
+) -> list[dict[str, tuple[str, Any]]]:
     """Return the sources of each slide; raise if it lacks a name, or if a column has numbers in one slide and labels in another."""
     sources = [_sources(slide.table, names, keys) for slide in slides]
     for slide, found in zip(slides, sources, strict=True):
         table, where = slide.table, f" for slide {slide.name!r}" if slide.name else ""
-        if unknown := [name for name, (kind, _) in zip(names, found, strict=True) if not kind]:
+        if unknown := [name for name in names if not found[name][0]]:
             raise ValueError(
                 f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists the predicted genes. Also valid are "
                 "columns of obs, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
                 f"{validate.suggest(unknown[0], [*table.obs, *classes_of(table, keys), *scores_of(table, keys)])}"
             )
-    for name, *found in zip(names, *sources, strict=True):
-        pairs = zip(slides, found, strict=True)
-        if len({kind == "column" and not _is_number(slide.table.obs[key]) for slide, (kind, key) in pairs}) > 1:
+    for name in names:
+        if len({found[name][0] == "labels" for found in sources}) > 1:
             raise ValueError(
                 f"{parameter} {name!r} holds numbers in one slide and labels in another; one kind is needed"
             )
@@ -248,22 +245,21 @@ def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: 
 
 def _panels(
     slide: Canvas,
-    names: list[str],
-    sources: list[tuple[str, Any]],
+    sources: Sequence[tuple[str, tuple[str, Any]]],
     keys: Keys,
     layer: str | None,
-    measured: bool | str | None,
-    shared_scale: bool,
+    measured: Any,
+    shared: bool,
 ) -> list[Panel]:
-    """Return the panels of one slide; ``scale`` of a panel of classes is its column."""
+    """Return the panels of one slide; ``sources`` are the names with what they are."""
     table = slide.table
-    if not names:
+    if not sources:
         return [Panel(slide, "tissue")]
-    genes = {i: key for i, (kind, key) in enumerate(sources) if kind == "gene"}
-    gene_panels = _gene_panels(slide, names, genes, keys, layer, measured, shared_scale) if genes else {}
+    genes = {i: (name, key) for i, (name, (kind, key)) in enumerate(sources) if kind == "gene"}
+    gene_panels = _gene_panels(slide, genes, keys, layer, measured, shared) if genes else {}
     glass = on_glass(table, keys.key_added)
     panels: list[Panel] = []
-    for i, (name, (kind, key)) in enumerate(zip(names, sources, strict=True)):
+    for i, (name, (kind, key)) in enumerate(sources):
         if kind == "gene":
             panels += gene_panels[i]
         elif kind == "set":
@@ -273,13 +269,10 @@ def _panels(
         elif kind == "class":
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))
-        elif _is_number(table.obs[key]):
-            own = glass if key == keys.confidence else None
-            label, limits = {
-                keys.confidence: ("probability", (0.0, 1.0)),
-                keys.tissue: ("share of tissue", (0.0, 1.0)),
-                keys.ood: ("above 1: out of distribution", None),
-            }.get(key, ("", None))
+        elif kind == "numbers":
+            shares = {keys.confidence: "probability", keys.tissue: "share of tissue"}
+            label = {**shares, keys.ood: "above 1: out of distribution"}.get(key, "")
+            limits, own = (0.0, 1.0) if key in shares else None, glass if key == keys.confidence else None
             values = table.obs[key].to_numpy(float, na_value=np.nan)
             panels.append(Panel(slide, name, values, label=label, glass=own, item=i, scale=i, limits=limits))
         else:
@@ -290,44 +283,41 @@ def _panels(
 
 
 def _gene_panels(
-    slide: Canvas, names: list[str], genes: dict[int, str], keys: Keys, layer: str | None, measured: Any, shared: bool
+    slide: Canvas, genes: dict[int, tuple[str, str]], keys: Keys, layer: str | None, measured: Any, shared: bool
 ) -> dict[int, list[Panel]]:
-    """Return the predicted and measured panels of each gene, by its position in ``names``."""
+    """Return the predicted and measured panels of each gene; ``genes`` are the given name and that in ``var``, by position."""
     table = slide.table
     if not table.var_names.is_unique:
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
     drawn_layer = None if layer is None else predicted_layer(table, keys.key_added, layer)
-    var_names = list(genes.values())
+    var_names = [gene for _, gene in genes.values()]
     predicted = np.array(dense(matrix_of(table[:, var_names], drawn_layer)), dtype=float)
     glass = on_glass(table, keys.key_added)
     predicted[glass] = np.nan
     truth, were_counts = _measured(table, var_names, measured) or (None, False)
     facts, reliable = table.var, pd.Series(gene_flags(table, keys.reliable), table.var_names)
-    held_out: dict[str, str] = {}
+    held_out: list[tuple[str, str]] = []
     title = "adapted" if is_record_of("adapt", table.uns.get(drawn_layer)) else drawn_layer or layer_label(None)
     if drawn_layer == predicted_layer(table, keys.key_added):
         title = "predicted"
-        held_out = {
-            name: text
-            for name, text in ((keys.pcc, "held-out"), (keys.pcc_new_patient, "new patients"))
-            if name in facts
-        }
+        held_out = [("held-out", keys.pcc), ("new patients", keys.pcc_new_patient)]
     out: dict[int, list[Panel]] = {}
-    for j, (i, gene) in enumerate(genes.items()):
+    for j, (i, (name, gene)) in enumerate(genes.items()):
         mark = "" if reliable[gene] else " (not reliable)"
-        r = {text: facts.loc[gene, name] for name, text in held_out.items()}
+        r = {text: facts.loc[gene, column] for text, column in held_out if column in facts}
         caption = ", ".join(f"{text} r = {value:.2f}" for text, value in r.items() if np.isfinite(value))
         scales = (i, i) if shared else ((i, "predicted"), (i, "measured"))
-        predicted_title = f"{names[i]} {title}{mark}"
         values = predicted[:, j]
-        out[i] = [Panel(slide, predicted_title, values, None, _LOG_UNIT, caption, glass, item=i, scale=scales[0])]
+        out[i] = [
+            Panel(slide, f"{name} {title}{mark}", values, None, _LOG_UNIT, caption, glass, item=i, scale=scales[0])
+        ]
         if truth is not None:
             known = truth[:, j]
             both = np.isfinite(values) & np.isfinite(known)
             r_here = pearson(values[both, None], known[both, None])[0] if both.sum() > 2 else np.nan
-            measured_title = f"{names[i]} measured{f' (r = {r_here:.2f})' if np.isfinite(r_here) else ''}"
+            measured_title = f"{name} measured{f' (r = {r_here:.2f})' if np.isfinite(r_here) else ''}"
             label = _LOG_UNIT if were_counts else "as stored"
             out[i].append(Panel(slide, measured_title, known, label=label, item=i, scale=scales[1]))
     return out
@@ -337,7 +327,9 @@ def _table_with(sdata: SpatialData, names: list[str], keys: Keys) -> str | None:
     """Return the measured table if it has all names, else the table with all genes of the model if it has them."""
     first = predicted_table(sdata, keys.key_added)
     others = [key for key, table in sdata.tables.items() if keys.uns in table.uns and key != first]
-    return next((k for k in (first, *others) if all(kind for kind, _ in _sources(sdata[k], names, keys))), first)
+    return next(
+        (k for k in (first, *others) if all(kind for kind, _ in _sources(sdata[k], names, keys).values())), first
+    )
 
 
 def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:

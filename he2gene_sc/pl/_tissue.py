@@ -53,9 +53,7 @@ def tissue(
         Spots, for example of :func:`he2gene_sc.pp.grid`. Default: the only circles, or none if there are no circles.
     coordinate_system
         Coordinate system of the plot; default: the only one that all elements share.
-    ax
-        Axes to draw in.
-    figsize, title, save, show, return_fig
+    figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
