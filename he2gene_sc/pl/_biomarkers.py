@@ -123,8 +123,7 @@ def _volcano(
     labelled = part["names"].isin(_extremes(part[passed], n_genes) if named is None else named)
     _label(ax, part["effect_size"], height, part[labelled])
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_xlabel(f"difference to {reference} (ln)")
-    ax.set_ylabel("-log10 p")
+    ax.set(xlabel=f"difference to {reference} (ln)", ylabel="-log10 p")
     marks = [part["method"].iloc[0]] + ["circular"] * bool(part["circular"].any()) if len(part) else []
     ax.set_title(f"{group}\n{', '.join(marks)}: {int(passed.sum())} of {len(part)} at FDR {fdr:g}", fontsize=10)
 
@@ -133,8 +132,7 @@ def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None
     """Write gene names in two columns at the sides."""
     limit = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
     top = 1.08 * max(float(y.max()), 1e-9) if len(y) else 1.0
-    ax.set_xlim(-limit, limit)
-    ax.set_ylim(0, top)
+    ax.set(xlim=(-limit, limit), ylim=(0, top))
     for place, part in ((0.98, labelled[labelled["effect_size"] > 0]), (0.02, labelled[labelled["effect_size"] <= 0])):
         order = y[part.index].sort_values(ascending=False, kind="stable").index
         step = top * min(0.05, 0.96 / max(len(order), 1))
@@ -157,29 +155,19 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
     rows, block, values = rows.iloc[order], block[order], effects.reindex(columns=genes).to_numpy()[order]
     # Write the name of a group once, in a separate line above its patients.
     lines = np.arange(len(rows)) + block + 1
-    y, x = np.broadcast_to(lines[:, None], values.shape), np.indices(values.shape)[1]
-    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    spots = rows["n_spots"].to_numpy(float)
+    row, column = np.nonzero(np.isfinite(values))
+    drawn, spots = values[row, column], rows["n_spots"].to_numpy(float)
+    limit = float(np.abs(drawn).max(initial=0)) or 1.0
     area = 15 + 135 * spots / spots.max()
-    finite = np.isfinite(values)
-    dots = ax.scatter(
-        x[finite],
-        y[finite],
-        c=values[finite],
-        s=np.repeat(area[:, None], len(genes), 1)[finite],
-        cmap="RdBu_r",
-        norm=TwoSlopeNorm(0, -(limit or 1.0), limit or 1.0),
-        edgecolors="0.6",
-        linewidths=0.3,
-    )
+    style: dict[str, Any] = {"cmap": "RdBu_r", "norm": TwoSlopeNorm(0, -limit, limit), "edgecolors": "0.6"}
+    dots = ax.scatter(column, lines[row], c=drawn, s=area[row], linewidths=0.3, **style)
     for i, group in enumerate(groups):
         if (block == i).any():
             head = lines[block == i].min() - 1
             ax.text(-0.5, head, group, va="center", ha="left", fontsize=9, fontweight="bold")
     ax.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
     ax.set_yticks(lines, rows["sample"].tolist(), fontsize=8)
-    ax.set_xlim(-0.7, len(genes) - 0.3)
-    ax.set_ylim(lines.max() + 0.7, -0.7)
+    ax.set(xlim=(-0.7, len(genes) - 0.3), ylim=(lines.max() + 0.7, -0.7))
     ax.figure.colorbar(dots, ax=ax, shrink=0.6, pad=0.02, anchor=(0, 1)).set_label(f"difference to {reference} (ln)")
     for count in sorted({int(spots.min()), int(spots.max())}):
         ax.scatter([], [], s=15 + 135 * count / spots.max(), c="0.6", label=f"{count} spots")

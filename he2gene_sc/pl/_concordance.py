@@ -101,8 +101,7 @@ def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named
         ax.annotate(row["names"], point, xytext=(3, 2), textcoords="offset points", fontsize=7)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_xlabel("measured difference (ln)")
-    ax.set_ylabel("predicted difference (ln)")
+    ax.set(xlabel="measured difference (ln)", ylabel="predicted difference (ln)")
     spearman = ", ".join(f"{row['genes']} {row['spearman']:.2f}" for _, row in scores.iterrows())
     circular = ", circular" if scores["circular"].any() else ""
     ax.set_title(f"{group}{circular}\nSpearman: {spearman}", fontsize=10)

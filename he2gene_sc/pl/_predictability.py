@@ -129,10 +129,7 @@ def predictability(
     if "ceiling" in table and table["ceiling"].notna().any():
         ax.plot(*_running(table["ceiling"]), color="#ff7f0e", label="noise ceiling", zorder=3)
     ax.axhline(0, color="k", lw=0.5)
-    ax.set_xscale("log")
-    ax.set_xlim(0.8, 1.3 * len(table))
-    ax.set_xlabel("genes, best predicted first (rank)")
-    ax.set_ylabel(y_label)
+    ax.set(xscale="log", xlim=(0.8, 1.3 * len(table)), xlabel="genes, best predicted first (rank)", ylabel=y_label)
     legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2, "frameon": False, "fontsize": 8}
     if key is None and not table["reliable"].any():
         hint = textwrap.fill(f"No gene is reliable. You can {IF_NONE_RELIABLE}.", 80)
@@ -167,16 +164,13 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
         return
     x, y = 1.0 + table.index.get_indexer(chosen), table.loc[list(chosen), "pcc"].to_numpy(float)
     ax.scatter(x, y, s=30, facecolors="none", edgecolors="k", lw=0.8, zorder=5)
-    left, right = ax.get_xlim()
-    low, high = ax.get_ylim()
-    height = ax.get_window_extent().height * 72 / ax.figure.dpi
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    width, height = (size * 72 / ax.figure.dpi for size in ax.get_window_extent().size)
     step = min(1.5 * NAME_SIZE / height, 1 / len(chosen)) * (high - low)
     name_points(ax, chosen, np.column_stack([x, y]), 0.98, step)
     # The share of the axis that the longest name takes.
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi
     share = min(0.7 * NAME_SIZE * max(map(len, chosen)) / width, 0.5)
-    ax.set_xlim(left, right * (right / left) ** ((0.04 + share) / (1 - share)))
-    ax.set_ylim(low, high)
+    ax.set(xlim=(left, right * (right / left) ** ((0.04 + share) / (1 - share))), ylim=(low, high))
 
 
 def _running(values: pd.Series) -> tuple[np.ndarray, list[float]]:
