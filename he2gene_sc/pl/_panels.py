@@ -279,8 +279,9 @@ def _palette_colours(palette: Any, labels: list[str]) -> dict[str, str]:
     if isinstance(palette, str):
         validate.key_in(palette, colormaps, "palette", what="a colour map of matplotlib")
         cmap = colormaps[palette]
-        steps = np.arange(len(labels)) % cmap.N if cmap.N <= 20 else np.linspace(0, 1, max(2, len(labels)))
-        return {label: to_hex(cmap(step)) for label, step in zip(labels, steps, strict=False)}
+        steps = range(len(labels)) if cmap.N <= 20 else np.linspace(0, 1, max(2, len(labels)))
+        pairs = zip(labels, steps, strict=False)
+        return {label: to_hex(cmap(x % cmap.N if cmap.N <= 20 else x)) for label, x in pairs}
     if isinstance(palette, Mapping):
         colours = {str(label): colour for label, colour in palette.items()}
     elif isinstance(palette, Sequence | np.ndarray) and len(palette) >= len(labels):
