@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .output import Command, Json, records, say, say_evaluation, say_json, say_table, split_names
+from .output import Command, Json, records, say, say_evaluation, say_json, say_list, say_table, split_names
 from .prediction import MODEL as _MODEL
 from .prediction import predict
 
@@ -56,7 +56,7 @@ def demo(
     from .demo import run
 
     check_folder(out, "--out")
-    panels = run(section, out, load(model), partial(say, err=as_json), partial(say_table, err=as_json, as_list=False))
+    panels = run(section, out, load(model), partial(say, err=as_json), partial(say_table, err=as_json))
     if as_json:
         say_json({"output": str(out), "panels": records(panels)})
 
@@ -143,7 +143,7 @@ def train(
         if as_json:
             say_json({"output": str(out), "card": json.loads(card.to_json())})
         else:
-            say_table(f"{card.name} {card.version}", [card.facts()])
+            say_list(f"{card.name} {card.version}", card.facts())
             say(f"Written: {out}")
 
 
@@ -171,8 +171,8 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Cross-validate presets and baselines by section or patient of a data set; write table and figure."""
-    from ..benchmark import cross_validation as _benchmark
-    from ..benchmark import report as _benchmark_report
+    from ..benchmark import cross_validation
+    from ..benchmark import report as benchmark_report
     from ..io._files import check_folder, check_own_files
     from .training_file import read_toml, train_options
 
@@ -184,19 +184,18 @@ def benchmark(
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
     if data == "her2st":
-        source = _benchmark.her2st(section)
+        source = cross_validation.her2st(section)
     elif root is None:
         raise ValueError("--data hbcis needs --root, the unpacked folder of Mendeley Data 29ntw7sh4r")
     else:
-        source = _benchmark.hbcis(root, section)
-    several = len(set(source.patients.values())) > 1
-    units = folds or (["section", "patient"] if several else ["section"])
-    tables = {} if options is None else read_toml(options)
+        source = cross_validation.hbcis(root, section)
+    units = folds or ["section"] + ["patient"] * (len(set(source.patients.values())) > 1)
+    tables, file = ({}, "") if options is None else (read_toml(options), options.name)
     if unread := sorted(tables.keys() - set(model)):
         raise ValueError(f"--options has tables {unread} that are not among --model {model}")
     settings = {}
     for preset, given in tables.items():
-        where = f"{'' if options is None else options.name}: [{preset}]"
+        where = f"{file}: [{preset}]"
         recipe = given.get("preset", {}) if isinstance(given, dict) else None
         if not isinstance(recipe, dict):
             raise ValueError(
@@ -205,19 +204,17 @@ def benchmark(
         genes = given.get("genes", {})
         genes = {"missing_genes_are_zero": True} | (genes if isinstance(genes, dict) else {"genes": genes})
         settings[preset] = train_options({**given, "preset": {"name": preset, **recipe}, "genes": genes}, where)
-    table = _benchmark.run(
-        source, model, units, cache=cache, options=settings, device=device, echo=partial(say, err=True)
-    )
-    shown = {"data": [data], "model": model, "folds": units, "section": section}
-    shown["options"] = [] if options is None else [options.name]
+    echo = partial(say, err=True)
+    table = cross_validation.run(source, model, units, cache=cache, options=settings, device=device, echo=echo)
+    shown = {"data": [data], "model": model, "folds": units, "section": section, "options": [file] * bool(file)}
     words = [f"--{name} {value}" for name, values in shown.items() for value in values]
-    written = _benchmark_report.write(table, data, out, " ".join(["he2gene benchmark", *words]))
+    written = benchmark_report.write(table, data, out, " ".join(["he2gene benchmark", *words]))
     if as_json:
         say_json(records(table))
         return
     for (unit, panel), part in table.groupby(["folds", "panel"], sort=False):
         means = part.groupby("predictor", sort=False)["pearson"].mean().dropna()
-        say_table(f"{unit}s held out, {panel}: mean Pearson", [{name: f"{mean:.3f}" for name, mean in means.items()}])
+        say_list(f"{unit}s held out, {panel}: mean Pearson", {name: f"{mean:.3f}" for name, mean in means.items()})
     for path in written:
         say(f"Written: {path}")
 
@@ -253,9 +250,9 @@ def evaluate(
     from ..io._files import check_new_file, check_own_files
     from ..io._open import open_store
 
-    if out is not None and validate.folder_or_file(out, "--out").is_dir():
-        raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
     if out is not None:
+        if validate.folder_or_file(out, "--out").is_dir():
+            raise ValueError(f"--out {str(out)!r} is a folder; name a CSV file, {str(out / 'genes.csv')!r} for example")
         check_new_file(out, "--out", overwrite=True)
         check_own_files(out, "gene,scope,section,predictor,", "--out")
     sdata = open_store(path)

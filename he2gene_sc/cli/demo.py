@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from .output import rows_of
+
 if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
@@ -46,11 +48,11 @@ def run(section: str, out: Path, model: HE2Gene, echo: Echo, show: Show) -> pd.D
     # Report reliability for new patients, also for a training section.
     tl.predict(sdata, model=model, known_patient=False)
     seconds = time.perf_counter() - start
-    table = sdata["table"]
+    table, best = sdata["table"], get.genes(sdata)
     record = table.uns["he2gene"]
     has_classes = "he2gene_annotation" in table.obs
     echo(
-        f"Predicted {len(get.genes(sdata)):,} genes{' and the annotation' * has_classes} of {table.n_obs} spots in {seconds:.1f} s "
+        f"Predicted {len(best):,} genes{' and the annotation' * has_classes} of {table.n_obs} spots in {seconds:.1f} s "
         f"({table.n_obs / seconds:.1f} spots/s) at {record['mpp']:.3f} µm/px ({record['mpp_source']})."
     )
     out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,6 @@ def run(section: str, out: Path, model: HE2Gene, echo: Echo, show: Show) -> pd.D
     import matplotlib.pyplot as plt
 
     mpl.use("Agg")
-    best = get.genes(sdata)
     drawn = [gene for gene in _GENES if gene in best] or best[: len(_GENES)]
     pl.spatial(sdata, drawn, save=out / "genes.png")
     echo(f"First picture: {out / 'genes.png'}")
@@ -98,14 +99,13 @@ def _load(section: str, echo: Echo) -> tuple[str, SpatialData]:
 
     try:
         sdata = datasets.her2st(section)
+        if sdata.images:
+            return section, sdata
+        echo(f"Section {section} has no image here. Continuing with the synthetic toy slide.")
     except FileNotFoundError as error:
         echo(f"No real data: {str(error).splitlines()[0]} ({section}). Set HE2GENE_DATA_DIR to use real data.")
         echo("Continuing with the synthetic toy slide: it shows the workflow, not the accuracy.")
-        return "toy", datasets.toy()
-    if not sdata.images:
-        echo(f"Section {section} has no image here. Continuing with the synthetic toy slide.")
-        return "toy", datasets.toy()
-    return section, sdata
+    return "toy", datasets.toy()
 
 
 def compare(sdata: SpatialData, model: HE2Gene) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -121,37 +121,26 @@ def compare(sdata: SpatialData, model: HE2Gene) -> tuple[pd.DataFrame, pd.DataFr
     predicted = table.var["he2gene_predicted"].to_numpy(bool)
     names = table.var_names[predicted]
     measured = log_normalise(table.X)[:, predicted]
-    layer = np.asarray(table.layers["he2gene"])
-    seen = np.asarray(~np.isnan(layer[:, predicted]).any(1))
-    r = pearson(layer[seen][:, predicted], measured[seen])
-    ceiling = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]
-    genes = pd.DataFrame(
-        {
-            "gene": names,
-            "mean": measured.mean(0),
-            "pearson": r,
-            "ceiling": ceiling,
-            "pcc": table.var["he2gene_pcc"].to_numpy()[predicted],
-            "reliable": table.var["he2gene_reliable"].to_numpy()[predicted],
-        }
-    ).sort_values("pcc", ascending=False, kind="stable")
-    colour = pd.Series(_colour_pearson(sdata, model, names, measured, seen), index=names)
-    by_name = genes.set_index("gene")
-    rows = []
+    layer = np.asarray(table.layers["he2gene"])[:, predicted]
+    seen = np.asarray(~np.isnan(layer).any(1))
+    genes = pd.DataFrame({"gene": names, "mean": measured.mean(0)}, index=names)
+    genes["pearson"] = pearson(layer[seen], measured[seen])
+    genes["ceiling"] = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]
+    for column in ("pcc", "reliable"):
+        genes[column] = table.var[f"he2gene_{column}"].to_numpy()[predicted]
+    colour = _colour_pearson(sdata, model, names, measured, seen)
+    scores = {"model": genes["pearson"], "colour": pd.Series(colour, names), "ceiling": genes["ceiling"]}
     target, variable = model.genes["group"] == "target", model.genes["variable"].astype(bool)
+    rows = []
     for panel, members in (("highest mean", target), ("most variable", variable)):
         chosen = model.genes.index[members].intersection(names)
-        rows.append(
-            {
-                "panel": panel,
-                "n_genes": len(chosen),
-                # A gene that is constant on either side counts as 0.
-                "model": by_name.loc[chosen, "pearson"].fillna(0).mean(),
-                "colour": colour[chosen].fillna(0).mean() if colour.notna().any() else np.nan,
-                "ceiling": by_name.loc[chosen, "ceiling"].fillna(0).mean(),
-            }
-        )
-    return genes, pd.DataFrame(rows)
+        # A gene that is constant on either side counts as 0.
+        means = {name: r[chosen].fillna(0).mean() for name, r in scores.items()}
+        rows.append({"panel": panel, "n_genes": len(chosen), **means})
+    panels = pd.DataFrame(rows)
+    if np.isnan(colour).all():
+        panels["colour"] = np.nan
+    return genes.sort_values("pcc", ascending=False, kind="stable").reset_index(drop=True), panels
 
 
 def _colour_pearson(
@@ -189,29 +178,16 @@ def _colour_pearson(
 
 
 def _report(genes: pd.DataFrame, panels: pd.DataFrame, table: AnnData, echo: Echo, show: Show) -> None:
-    names = {"model": "model", "colour": "colour alone", "ceiling": "noise ceiling"}
-    show(
-        "Mean Pearson of a gene, across spots",
-        [
-            {"genes": str(row["n_genes"]), "panel": row["panel"]}
-            | {name: f"{row[column]:.3f}" for column, name in names.items()}
-            for row in panels.to_dict("records")
-        ],
-    )
-    by_name = genes.set_index("gene")
-    figures = {"pearson": "Pearson here", "pcc": "held-out in training", "ceiling": "noise ceiling"}
-    shown = dict.fromkeys([gene for gene in _GENES if gene in by_name.index] + list(by_name.index[:6]))
-    show(
-        f"{len(shown)} of {len(by_name):,} genes",
-        [
-            {"gene": gene}
-            | {name: f"{row[column]:.3f}" for column, name in figures.items()}
-            | {"reliable": "yes" if row["reliable"] else "no"}
-            for gene, row in by_name.loc[list(shown)].to_dict("index").items()
-        ],
-    )
-    reliable = int(by_name["reliable"].sum())
-    echo(f"{reliable:,} genes are called reliable, {len(by_name) - reliable:,} should not be interpreted individually.")
+    columns = {"genes": "n_genes", "panel": "panel", "model": "model", "colour alone": "colour"}
+    show("Mean Pearson of a gene, across spots", rows_of(panels, columns | {"noise ceiling": "ceiling"}))
+    by_name = genes.set_index("gene", drop=False)
+    names = [gene for gene in _GENES if gene in by_name.index]
+    chosen = by_name.loc[list(dict.fromkeys([*names, *by_name.index[:6]]))]
+    columns = {"gene": "gene", "Pearson here": "pearson", "held-out in training": "pcc", "noise ceiling": "ceiling"}
+    chosen = chosen.assign(reliable=np.where(chosen["reliable"], "yes", "no"))
+    show(f"{len(chosen)} of {len(genes):,} genes", rows_of(chosen, columns | {"reliable": "reliable"}))
+    reliable = int(genes["reliable"].sum())
+    echo(f"{reliable:,} genes are called reliable, {len(genes) - reliable:,} should not be interpreted individually.")
     if "he2gene_annotation" in table.obs and table.obs["annotation"].notna().any():
         known = table.obs["annotation"].notna() & table.obs["he2gene_annotation"].notna()
         same = table.obs["annotation"].astype(str)[known] == table.obs["he2gene_annotation"].astype(str)[known]

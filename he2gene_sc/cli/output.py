@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -22,6 +22,9 @@ _WIDTH = 240
 _STDOUT: ContextVar[TextIO] = ContextVar("stdout")
 #: Columns of a summary of an evaluation, and of its annotation, by their names in the output.
 _COLUMNS = {
+    "panel": "panel",
+    "predictor": "predictor",
+    "genes": "n_genes",
     "Pearson": "pearson_mean",
     "median": "pearson_median",
     "minus it": "pearson_difference_mean",
@@ -29,6 +32,8 @@ _COLUMNS = {
     "skill": "skill_mean",
 }
 _ANNOTATION = {
+    "section": "section",
+    "labelled spots": "n_labelled",
     "balanced accuracy": "balanced_accuracy",
     "macro F1": "macro_f1",
     "macro AUROC": "macro_auroc",
@@ -58,31 +63,34 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, ensure_ascii=False))
 
 
-def say_table(title: str, rows: Sequence[Mapping[str, str]], *, err: bool = False, as_list: bool | None = None) -> None:
-    """Print a table of texts with a header; ``as_list`` prints one row as a list, the default for a single row."""
+def say_list(title: str, row: Mapping[str, str]) -> None:
+    """Print the texts of one row below each other, with their names."""
+    _print(title, [("", "left", "top")] * 2, row.items(), box=None, show_header=False)
+
+
+def say_table(title: str, rows: Sequence[Mapping[str, str]], *, err: bool = False) -> None:
+    """Print a table of texts with a header; columns of numbers are aligned to the right."""
     from rich.box import SIMPLE_HEAD
+
+    columns = []
+    for name in rows[0]:
+        cells = [row[name] for row in rows]
+        head = name if max(map(len, cells)) >= len(name) else name.replace(" ", "\n")
+        columns.append((head, "right" if all(map(_is_number, cells)) else "left", "bottom"))
+    _print(title, columns, [row.values() for row in rows], err=err, box=SIMPLE_HEAD)
+
+
+def _print(title: str, columns: Any, rows: Iterable[Iterable[str]], *, err: bool = False, **options: Any) -> None:
+    """Print a table; columns have a header and a horizontal and vertical alignment."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    one = len(rows) == 1 if as_list is None else as_list
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        box=None if one else SIMPLE_HEAD,
-        show_header=not one,
-        show_edge=False,
-        collapse_padding=True,
-    )
-    for name in ("", "") if one else rows[0]:
-        # Align columns of numbers to the right.
-        cells = [] if one else [row[name] for row in rows]
-        numbers = not one and all(map(_is_number, cells))
-        head = name if max(map(len, cells), default=0) >= len(name) else name.replace(" ", "\n")
-        table.add_column(
-            Text(head), overflow="fold", justify="right" if numbers else "left", vertical="top" if one else "bottom"
-        )
-    for texts in rows[0].items() if one else (row.values() for row in rows):
+    head = Text(title, style="bold")
+    table = Table(title=head, title_justify="left", show_edge=False, collapse_padding=True, **options)
+    for name, justify, vertical in columns:
+        table.add_column(Text(name), overflow="fold", justify=justify, vertical=vertical)
+    for texts in rows:
         table.add_row(*map(Text, texts))
     file = sys.stderr if err else _STDOUT.get()
     # A file or pipe has no width, so do not wrap rows there.
@@ -112,42 +120,33 @@ def say_evaluation(sdata: SpatialData, table_key: str | None, *, annotation: boo
     from .. import get
 
     summary = get.evaluation(sdata, table_key=table_key, dropna=False)
-    sections = summary.loc[summary["scope"] == "section", "section"].unique()
-    several = len(sections) > 1
-    for scope in ["section"] + ["mean"] * several:
+    several = summary.loc[summary["scope"] == "section", "section"].nunique() > 1
+    scopes = ["section"] + ["mean"] * several
+    for scope in scopes:
         for section, frame in summary[summary["scope"] == scope].groupby("section", sort=False):
             title = f"{section}, {frame['n_spots'].iloc[0]} spots" if scope == "section" else "mean over sections"
-            say_table(title, _scores(frame), as_list=False)
+            panels = frame.groupby("panel", sort=False, observed=True)
+            say_table(title, [row for _, part in panels for row in rows_of(part, _COLUMNS)])
             say()
     if annotation:
         labelled = get.evaluation(sdata, "annotation", table_key=table_key)
-        shown = labelled[labelled["scope"].isin(["section"] + ["mean"] * several)].to_dict("records")
-        rows = [
-            {"section": str(row["section"]), "labelled spots": str(row["n_labelled"])}
-            | {name: _number(row[column]) for name, column in _ANNOTATION.items()}
-            for row in shown
-        ]
-        say_table("annotation", rows, as_list=False)
+        say_table("annotation", rows_of(labelled[labelled["scope"].isin(scopes)], _ANNOTATION))
         say()
     predictors = get.evaluation(sdata, "predictors", table_key=table_key).to_dict("records")
     status = [f"has seen {row['seen']}" if row["computed"] else f"left out: {row['reason']}" for row in predictors]
-    say_table("predictors", [dict(zip([row["predictor"] for row in predictors], status, strict=True))], as_list=True)
+    say_list("predictors", dict(zip([row["predictor"] for row in predictors], status, strict=True)))
     left_out = get.evaluation(sdata, "left_out", table_key=table_key)
     counted = ", ".join(f"{row['n']} {row['what']}" for row in left_out.to_dict("records") if row["n"])
     say(f"Left out: {counted or 'nothing'}")
 
 
-def _scores(frame: pd.DataFrame) -> list[dict[str, str]]:
-    # Group the rows of predictors by panel.
-    panels = list(frame["panel"].unique())
-    ordered = frame.sort_values("panel", key=lambda names: names.map(panels.index), kind="stable")
-    rows: list[dict[str, Any]] = ordered.to_dict("records")
-    return [
-        {"panel": row["panel"], "predictor": row["predictor"], "genes": str(row["n_genes"])}
-        | {name: _number(row.get(column, math.nan)) for name, column in _COLUMNS.items()}
-        for row in rows
-    ]
+def rows_of(frame: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return the rows of a table as texts for printing; ``columns`` maps names in the output to columns, which may be missing."""
+    shown = frame.reindex(columns=list(columns.values())).set_axis(list(columns), axis=1)
+    return [{name: _text(value) for name, value in row.items()} for row in shown.to_dict("records")]
 
 
-def _number(value: float) -> str:
+def _text(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
     return "-" if math.isnan(value) else f"{value:.3f}"

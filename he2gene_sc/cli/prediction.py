@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import Json, records, say, say_json, say_table, split_names
+from .output import Json, records, say, say_json, say_list, say_table, split_names
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from ..models import HE2Gene
 
 MODEL = "breast-her2st"
+#: Columns of the summary of a slide by their names in the output, with their format.
+_COLUMNS = {
+    "spots": ("spots", ",.0f"),
+    "µm/px": ("mpp", ".3g"),
+    "on tissue": ("share_on_tissue", ".0%"),
+    "like training": ("share_like_training", ".0%"),
+    "annotated": ("share_annotated", ".0%"),
+}
 
 
 def predict(
@@ -196,33 +204,22 @@ def _print(frame: pd.DataFrame, summary: Path | None, *, as_json: bool) -> None:
         say_json(rows)
         return
     trained_on = any(row["known_sections"] for row in rows)
-    shown = [_shown(row, trained_on=trained_on) for row in rows]
-    say_table(f"{len(rows)} slides" if len(rows) > 1 else rows[0]["path"], shown)
+    shown = [
+        {"slide": Path(row["path"]).name, "status": row["status"]}
+        | {name: "" if row[key] is None else format(row[key], style) for name, (key, style) in _COLUMNS.items()}
+        | {"verdict": row["verdict"] or ""}
+        | ({"trained on": row["known_sections"]} if trained_on else {})
+        for row in rows
+    ]
+    if len(rows) > 1:
+        say_table(f"{len(rows)} slides", shown)
+    else:
+        say_list(rows[0]["path"], shown[0])
     for row in rows:
         if row["status"] != "failed":
             say(f"{'Written' if row['status'] == 'predicted' else 'Finished before'}: {row['output']}")
     if len(rows) > 1:
-        say(
-            f"{len(rows)} slides: " + ", ".join(f"{n} {status}" for status, n in frame["status"].value_counts().items())
-        )
+        counts = frame["status"].value_counts()
+        say(f"{len(rows)} slides: " + ", ".join(f"{n} {status}" for status, n in counts.items()))
     if summary is not None:
         say(f"Written: {summary}")
-
-
-def _shown(row: dict[str, Any], *, trained_on: bool) -> dict[str, str]:
-    """Format the summary of a slide for printing; ``trained_on`` adds the training sections that it was recognised as."""
-
-    def text(name: str, style: str) -> str:
-        return "" if row[name] is None else format(row[name], style)
-
-    return {
-        "slide": Path(row["path"]).name,
-        "status": row["status"],
-        "spots": text("spots", ",.0f"),
-        "µm/px": text("mpp", ".3g"),
-        "on tissue": text("share_on_tissue", ".0%"),
-        "like training": text("share_like_training", ".0%"),
-        "annotated": text("share_annotated", ".0%"),
-        "verdict": row["verdict"] or "",
-        **({"trained on": row["known_sections"]} if trained_on else {}),
-    }

@@ -75,14 +75,26 @@ def read_training_file(path: Path, out: Path) -> tuple[Iterable[SpatialData], di
     if (found.sections is None) == (found.data is None):
         raise ValueError(f"{path.name}: either a list `sections` or a table [data] is needed, besides a table [train]")
     options = found.train
-    recipe = options.get("preset")
-    genes = options.get("genes")
-    if isinstance(genes, dict) and isinstance(genes.get("programmes"), str):
-        genes["programmes"] = path.resolve().parent / Path(genes["programmes"]).expanduser()
-    for table, folder in ((options, "cache"), (recipe if isinstance(recipe, dict) else {}, "checkpoint_dir")):
-        if folder in table:
-            table[folder] = _folder(table[folder], folder, path, out)
+    recipe, genes = (options[name] if isinstance(options.get(name), dict) else {} for name in ("preset", "genes"))
+    if isinstance(genes.get("programmes"), str):
+        genes["programmes"] = _place(genes["programmes"], path)
+    for table, name in ((options, "cache"), (recipe, "checkpoint_dir")):
+        if name not in table:
+            continue
+        if not isinstance(table[name], str) or not table[name].strip():
+            raise ValueError(f"{path.name}: [train] `{name}` is {table[name]!r}; the path of a folder is needed")
+        table[name] = _place(table[name], path).resolve()
+        if table[name].is_relative_to(out.expanduser().resolve()):
+            raise ValueError(
+                f"{path.name}: [train] `{name}` {str(table[name])!r} lies in OUT {str(out)!r}, which may only hold the model; choose "
+                "another folder"
+            )
     return _sections(found, path), train_options(options, f"{path.name}: [train]")
+
+
+def _place(text: str, file: Path) -> Path:
+    """Return a path in a training file, which is relative to the file."""
+    return file.resolve().parent / Path(text).expanduser()
 
 
 def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -95,13 +107,8 @@ def train_options(options: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where} `sdatas` is not an option; name the sections in `sections` or [data]")
     preset = options.get("preset", {})
     paper = isinstance(preset, dict) and preset.get("name", "default") != "default"
-    tables: dict[str, Any] = {
-        "preset": PaperRecipe if paper else DefaultRecipe,
-        "keys": SectionKeys,
-        "classes": Classes,
-        "genes": GeneSelection,
-        "card": CardText,
-    }
+    tables: dict[str, Any] = {"preset": PaperRecipe if paper else DefaultRecipe, "keys": SectionKeys}
+    tables |= {"classes": Classes, "genes": GeneSelection, "card": CardText}
     valid = list(signature(train).parameters)
     found, at = dict(options), where
     try:
@@ -132,18 +139,6 @@ def _fields(kind: Any) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _folder(value: Any, name: str, path: Path, out: Path) -> Path:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{path.name}: [train] `{name}` is {value!r}; the path of a folder is needed")
-    folder = (path.resolve().parent / Path(value).expanduser()).resolve()
-    if folder.is_relative_to(out.expanduser().resolve()):
-        raise ValueError(
-            f"{path.name}: [train] `{name}` {str(folder)!r} lies in OUT {str(out)!r}, which may only hold the model; choose "
-            "another folder"
-        )
-    return folder
-
-
 def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
     from .. import datasets
 
@@ -160,31 +155,29 @@ def _sections(found: _File, path: Path) -> Iterable[SpatialData]:
         problem = f"names {sources}; one of them is needed" if sources else f"lacks {listed}"
         raise ValueError(f"{path.name}: [data] {problem}")
     (source,) = sources
-    choices = {name: value for name, value in given.items() if name != source}
-    others = sorted(choices.keys() - set(_SOURCES[source][1]))
-    if others:
+    place, valid = given.pop(source), _SOURCES[source][1]
+    if others := sorted(given.keys() - set(valid)):
         raise ValueError(
-            f"{path.name}: [data] {others} do not go with `{source}`, which takes {list(_SOURCES[source][1])}; remove them"
+            f"{path.name}: [data] {others} do not go with `{source}`, which takes {list(valid)}; remove them"
         )
     if source == "stores":
-        return _stores(given["stores"], path)
+        return _stores(place, path)
     for name, parts in _PARTS.items():
-        if isinstance(value := choices.get(name), str):
+        if isinstance(value := given.get(name), str):
             split = {f"HE2GENE_SPLIT.{part}": getattr(datasets.HE2GENE_SPLIT, part) for part in parts}
             try:
-                choices[name] = split[validate.one_of(value, split, name)]
+                given[name] = split[validate.one_of(value, split, name)]
             except ValueError as error:
                 raise ValueError(f"{path.name}: [data] {error}; or pass a list of {name}") from error
-    return getattr(datasets, source)(path.resolve().parent / Path(given[source]).expanduser(), **choices)
+    return getattr(datasets, source)(_place(place, path), **given)
 
 
 def _stores(stores: list[str], path: Path) -> Iterable[SpatialData]:
     from ..io._open import open_store
     from ..io._save import is_store
 
-    places = [path.resolve().parent / Path(store).expanduser() for store in stores]
+    places = [_place(store, path) for store in stores]
     validate.all_different([str(place.resolve()) for place in places], f"{path.name}: [data] stores", "stores")
-    absent = [str(place) for place in places if not place.is_dir() or not is_store(place)]
-    if absent:
+    if absent := [str(place) for place in places if not place.is_dir() or not is_store(place)]:
         raise ValueError(f"{path.name}: [data] `stores` {absent} are not SpatialData stores")
     return (open_store(place, "`stores`") for place in places)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,8 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import Keys
-from ._canvas import canvases, finish, on_glass
-from ._panels import Panel, Style, check_palette, class_colours, class_panel, draw_panels
+from ._canvas import canvases, on_glass
+from ._panels import Style, class_panel, complete, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -55,16 +54,12 @@ def annotation(
         Object that :func:`he2gene_sc.tl.predict` wrote to, a table, or several, as in :func:`he2gene_sc.pl.spatial`.
     reference
         Column of ``obs`` with known labels, for example ``"pathologist"``, drawn in a second panel in the same colours.
-    image, bbox, palette, size, alpha, legend_loc, frameon
+    image, bbox, palette, size, alpha, legend_loc, frameon, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
-    prediction_key
-        ``key_added`` of predict.
-    table_key, shapes_key, image_key, coordinate_system
-        As given to predict.
+    prediction_key, table_key, shapes_key, image_key, coordinate_system
+        As in :func:`he2gene_sc.pl.spatial`.
     ax
         Axes to draw in: one, or two with ``reference``.
-    figsize, title, save, show, return_fig
-        As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
     -------
@@ -87,7 +82,6 @@ def annotation(
     style = Style(image, size, alpha, legend_loc=legend_loc, frameon=frameon, bbox=bbox)
     keys = Keys(prediction_key)
     slides = canvases(sdata, prediction_key, table_key, shapes_key, image_key, coordinate_system)
-    tables = [slide.table for slide in slides]
     for slide in slides:
         table, where = slide.table, f" of slide {slide.name!r}" if slide.name else ""
         if keys.annotation not in table.obs:
@@ -99,17 +93,14 @@ def annotation(
             raise ValueError(
                 f"`reference` {reference!r} is not a column of obs{where} with labels, candidates: {labelled}"
             )
-    panels: list[Panel] = []
+    shown = {keys.annotation: "predicted annotation"} | ({} if reference is None else {reference: reference})
+    panels = []
     for slide in slides:
-        prefix = f"{slide.name}\n" if len(slides) > 1 else ""
-        shown = {keys.annotation: "predicted annotation"} | ({} if reference is None else {reference: reference})
         for i, (column, name) in enumerate(shown.items()):
             glass = on_glass(slide.table, prediction_key) if column == keys.annotation else None
-            panel = class_panel(slide, column, prefix + name, glass, i)
-            panels.append(replace(panel, colours=class_colours(column, tables, keys, palette)))
-    check_palette(palette, panels)
-    axes = draw_panels(panels, style, ax, 2 if reference is not None else 3, figsize, title, save)
-    return finish(axes, save, title, show, return_fig)
+            panels.append(class_panel(slide, column, name, glass, i))
+    ncols = 2 if reference is not None else 3
+    return draw_panels(complete(panels, keys, palette), style, ax, ncols, figsize, title, save, show, return_fig)
 
 
 def _has_labels(table: AnnData, column: str) -> bool:

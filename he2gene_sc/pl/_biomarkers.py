@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import is_object
-from .._core.results import find_result, find_results
+from .._core.results import find_results
 from ..get._results import biomarkers as get_biomarkers
 from ..get._results import genes_of_result
 from ._canvas import axes_for, finish, name_points
@@ -92,24 +91,22 @@ def biomarkers(
     """
     validate.arguments(biomarkers, locals())
     validate.one_of(kind, ("volcano", "dot"), "kind")
-    data = data if is_object(data) else list(data)
-    frame = get_biomarkers(data, group, key=key, table_key=table_key)
-    record = find_result(data, "biomarkers", key, table_key)
-    named = None if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    if named is not None:
-        table = find_results(data, "biomarkers", key, table_key)[0]
-        named = genes_of_result(table, named, frame["names"], "tested")
+    table = find_results(data, "biomarkers", key, table_key)[0]
+    record, frame = table.uns[key], get_biomarkers(table, group, key=key)
+    named = None
+    if genes is not None:
+        named = genes_of_result(table, validate.names(genes, "genes", one=True), frame["names"], "tested")
     reference = str(record["params"]["reference"])
-    groups = list(dict.fromkeys(frame["group"]))
+    parts = dict(iter(frame.groupby("group", sort=False, observed=True)))
     if kind == "dot":
-        (axes,) = axes_for(1, ax, 1, panel=6.0, figsize=figsize, title=title, save=save)
+        panels = axes_for(1, ax, 1, figsize, title, save, panel=6.0)
         if named is None:
-            named = list(dict.fromkeys(name for g in groups for name in _extremes(frame[frame["group"] == g], n_genes)))
-        _dots(axes, record, groups, named, reference)
-        return finish([axes], save, title, show, return_fig)
-    panels = axes_for(len(groups), ax, ncols, figsize=figsize, title=title, save=save)
-    for name, panel in zip(groups, panels, strict=True):
-        _volcano(panel, frame[frame["group"] == name], name, reference, named, n_genes, fdr)
+            named = list(dict.fromkeys(name for part in parts.values() for name in _extremes(part, n_genes)))
+        _dots(panels[0], record, list(parts), named, reference)
+    else:
+        panels = axes_for(len(parts), ax, ncols, figsize, title, save)
+        for (name, part), panel in zip(parts.items(), panels, strict=True):
+            _volcano(panel, part, name, reference, named, n_genes, fdr)
     return finish(panels, save, title, show, return_fig)
 
 
@@ -123,15 +120,10 @@ def _volcano(
     ax.scatter(part["effect_size"], height, c=colours, s=8, linewidths=0, rasterized=len(part) > 2000)
     if passed.any():
         ax.axhline(height[passed].min(), color="0.5", linewidth=0.8, linestyle=":")
-    significant = part[passed]
-    up, down = significant[significant["scores"] > 0], significant[significant["scores"] < 0]
-    labelled = (
-        part[part["names"].isin(named)] if named is not None else pd.concat([up.head(n_genes), down.tail(n_genes)])
-    )
-    _label(ax, part["effect_size"], height, labelled)
+    labelled = part["names"].isin(_extremes(part[passed], n_genes) if named is None else named)
+    _label(ax, part["effect_size"], height, part[labelled])
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_xlabel(f"difference to {reference} (ln)")
-    ax.set_ylabel("-log10 p")
+    ax.set(xlabel=f"difference to {reference} (ln)", ylabel="-log10 p")
     marks = [part["method"].iloc[0]] + ["circular"] * bool(part["circular"].any()) if len(part) else []
     ax.set_title(f"{group}\n{', '.join(marks)}: {int(passed.sum())} of {len(part)} at FDR {fdr:g}", fontsize=10)
 
@@ -140,8 +132,7 @@ def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None
     """Write gene names in two columns at the sides."""
     limit = 1.9 * max(float(x.abs().max()), 1e-9) if len(x) else 1.0
     top = 1.08 * max(float(y.max()), 1e-9) if len(y) else 1.0
-    ax.set_xlim(-limit, limit)
-    ax.set_ylim(0, top)
+    ax.set(xlim=(-limit, limit), ylim=(0, top))
     for place, part in ((0.98, labelled[labelled["effect_size"] > 0]), (0.02, labelled[labelled["effect_size"] <= 0])):
         order = y[part.index].sort_values(ascending=False, kind="stable").index
         step = top * min(0.05, 0.96 / max(len(order), 1))
@@ -149,7 +140,7 @@ def _label(ax: Axes, x: pd.Series, y: pd.Series, labelled: pd.DataFrame) -> None
 
 
 def _extremes(part: pd.DataFrame, n: int) -> list[str]:
-    part = part.dropna(subset=["scores"])
+    """Return the genes with the highest and with the lowest scores."""
     return [*part.loc[part["scores"] > 0, "names"].head(n), *part.loc[part["scores"] < 0, "names"].tail(n)]
 
 
@@ -159,37 +150,24 @@ def _dots(ax: Axes, record: Mapping[str, Any], groups: list[str], genes: list[st
 
     rows = pd.DataFrame(record["samples"])
     effects = pd.DataFrame(np.asarray(record["sample_effects"]), columns=np.asarray(record["genes"], object))
-    kept = rows["group"].isin(groups).to_numpy()
-    rows, effects = rows[kept].reset_index(drop=True), effects[kept].reindex(columns=genes).reset_index(drop=True)
-    block = rows["group"].map({g: i for i, g in enumerate(groups)}).to_numpy()
-    order = np.argsort(block, kind="stable")
-    rows, effects, block = rows.iloc[order], effects.iloc[order], block[order]
+    block = pd.Index(groups).get_indexer(rows["group"])
+    order = np.argsort(block, kind="stable")[(block < 0).sum() :]  # -1 are other groups
+    rows, block, values = rows.iloc[order], block[order], effects.reindex(columns=genes).to_numpy()[order]
     # Write the name of a group once, in a separate line above its patients.
     lines = np.arange(len(rows)) + block + 1
-    values = effects.to_numpy()
-    y, x = np.broadcast_to(lines[:, None], values.shape), np.indices(values.shape)[1]
-    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    spots = rows["n_spots"].to_numpy(float)
+    row, column = np.nonzero(np.isfinite(values))
+    drawn, spots = values[row, column], rows["n_spots"].to_numpy(float)
+    limit = float(np.abs(drawn).max(initial=0)) or 1.0
     area = 15 + 135 * spots / spots.max()
-    finite = np.isfinite(values)
-    dots = ax.scatter(
-        x[finite],
-        y[finite],
-        c=values[finite],
-        s=np.repeat(area[:, None], len(genes), 1)[finite],
-        cmap="RdBu_r",
-        norm=TwoSlopeNorm(0, -(limit or 1.0), limit or 1.0),
-        edgecolors="0.6",
-        linewidths=0.3,
-    )
+    style: dict[str, Any] = {"cmap": "RdBu_r", "norm": TwoSlopeNorm(0, -limit, limit), "edgecolors": "0.6"}
+    dots = ax.scatter(column, lines[row], c=drawn, s=area[row], linewidths=0.3, **style)
     for i, group in enumerate(groups):
         if (block == i).any():
             head = lines[block == i].min() - 1
             ax.text(-0.5, head, group, va="center", ha="left", fontsize=9, fontweight="bold")
     ax.set_xticks(range(len(genes)), genes, rotation=90, fontsize=8)
     ax.set_yticks(lines, rows["sample"].tolist(), fontsize=8)
-    ax.set_xlim(-0.7, len(genes) - 0.3)
-    ax.set_ylim(lines.max() + 0.7, -0.7)
+    ax.set(xlim=(-0.7, len(genes) - 0.3), ylim=(lines.max() + 0.7, -0.7))
     ax.figure.colorbar(dots, ax=ax, shrink=0.6, pad=0.02, anchor=(0, 1)).set_label(f"difference to {reference} (ln)")
     for count in sorted({int(spots.min()), int(spots.max())}):
         ax.scatter([], [], s=15 + 135 * count / spots.max(), c="0.6", label=f"{count} spots")

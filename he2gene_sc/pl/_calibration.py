@@ -77,13 +77,9 @@ def calibration(
         Layer of measured values (``None``: ``X``), and its scale, as in ``hg.tl.evaluate``.
     by, model, calibration, gene_symbols
         As in :func:`he2gene_sc.tl.intervals`: with a ``calibration`` the layer may be of any model.
-    prediction_key
-        ``key_added`` of predict.
-    table_key
-        As given to predict.
     ax
         Axes to draw in: one, or two with ``annotation_key``.
-    figsize, title, save, show, return_fig
+    prediction_key, table_key, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -109,7 +105,11 @@ def calibration(
     from ..tl._evaluate.aligned import align_expression, class_probabilities
 
     validate.one_of(by, BY, "by")
-    levels = _check_coverages(coverages)
+    if not np.iterable(coverages):
+        raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]")
+    levels = np.array([validate.in_range(coverage, "coverages", above=0, below=1) for coverage in coverages], float)
+    if not len(levels):
+        raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
         check_calibrated(calibration, table, indexable_matrix(table, layer), layer, model)
@@ -140,10 +140,10 @@ def calibration(
         raise ValueError(
             "`measured`: no gene with intervals was measured; pass a layer with measured genes of the prediction"
         )
-    axes = axes_for(1 if annotation_key is None else 2, ax, ncols=2, figsize=figsize, title=title, save=save)
+    axes = axes_for(1 if annotation_key is None else 2, ax, 2, figsize, title, save)
     predicted, truth = aligned.predicted[:, genes], aligned.measured[:, genes]
     ends = (intervals.ends(predicted, aligned.columns[genes], aligned.rows) for intervals in bounds)
-    covered = np.stack([_coverage(pair, truth) for pair in ends])
+    covered = np.stack([_coverage(low, high, truth) for low, high in ends])
     _draw_coverage(axes[0], levels, covered)
     if annotation_key is not None:
         proba, codes, _ = class_probabilities(aligned, annotation_key)
@@ -151,21 +151,8 @@ def calibration(
     return finish(axes, save, title, show, return_fig)
 
 
-def _check_coverages(coverages: Any) -> np.ndarray:
-    try:
-        coverages = list(coverages)
-    except TypeError:
-        raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]") from None
-    if not coverages:
-        raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
-    for coverage in coverages:
-        validate.in_range(coverage, "coverages", above=0, below=1)
-    return np.asarray(coverages, float)
-
-
-def _coverage(ends: tuple[np.ndarray, np.ndarray], truth: np.ndarray) -> np.ndarray:
+def _coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the share of the measured values of each gene inside its intervals, ``(g,)``."""
-    low, high = ends
     known = np.isfinite(truth) & np.isfinite(high)
     # A value of 0 is inside if the lower end was floored at 0.
     inside = known & (truth >= np.maximum(low, 0)) & (truth <= np.maximum(high, 0))
@@ -198,22 +185,9 @@ def _draw_reliability(ax: Axes, proba: np.ndarray, codes: np.ndarray) -> None:
     ax.plot([0, 1], [0, 1], color="k", lw=0.8, ls="--")
     ax.plot(x, y, color="#1f77b4", lw=0.8)
     ax.scatter(x, y, s=10 + 150 * size / size.max(), color="#1f77b4", alpha=0.7)
-    for confidence_of_bin, share, n in zip(x, y, size, strict=True):
-        low = share > 0.5
-        ax.annotate(
-            f"{n:,}",
-            (confidence_of_bin, share),
-            xytext=(0, -9 if low else 9),
-            textcoords="offset points",
-            ha="center",
-            va="top" if low else "bottom",
-            fontsize=8,
-        )
+    for point, n in zip(np.column_stack([x, y]), size, strict=True):
+        offset, va = (-9, "top") if point[1] > 0.5 else (9, "bottom")
+        ax.annotate(f"{n:,}", point, (0, offset), textcoords="offset points", ha="center", va=va, fontsize=8)
     error = float(np.abs(x - y) @ size / size.sum())
-    ax.set(
-        xlabel="confidence",
-        ylabel="share of correct classes",
-        title=f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}",
-        xlim=(0, 1.05),
-        ylim=(0, 1.05),
-    )
+    ax.set(xlabel="confidence", ylabel="share of correct classes", xlim=(0, 1.05), ylim=(0, 1.05))
+    ax.set_title(f"annotation, {size.sum():,} labelled spots, calibration error {error:.3f}")

@@ -125,7 +125,6 @@ class Canvas:
         x0, y0, x1, y1 = box
         ax.set(xlim=(x0, x1), ylim=(y1, y0), aspect="equal", xlabel="", ylabel="", xticks=[], yticks=[])
         relative = (self.xy - [x0, y1]) / [x1 - x0, y0 - y1]
-
         n_spots = {c: (np.abs(relative - end) < (0.45, 0.15)).all(1).sum() for c, end in _CORNERS.items()}
         corners = sorted(_CORNERS, key=n_spots.__getitem__)
         if not np.isfinite(self.um_per_unit):
@@ -207,14 +206,10 @@ def name_points(ax: Axes, names: Sequence[str], xy: np.ndarray, place: float, st
     heights = isotonic_regression(xy[:, 1] + order, increasing=False)
     heights = np.clip(heights, low + order[-1] + step / 2, high - step / 2) - order
     line: dict[str, Any] = {"arrowstyle": "-", "color": "#b8b8b8", "lw": 0.4, "shrinkA": 1, "shrinkB": 3, "zorder": 1.5}
-    style: dict[str, Any] = {
-        "ha": "right" if place > 0.5 else "left",
-        "va": "center",
-        "fontsize": NAME_SIZE,
-        "zorder": 5,
-    }
+    style: dict[str, Any] = {"ha": "right" if place > 0.5 else "left", "va": "center", "zorder": 5, "arrowprops": line}
     for name, point, height in zip(names, xy, heights, strict=True):
-        ax.annotate(name, point, (place, height), textcoords=("axes fraction", "data"), arrowprops=line, **style)
+        at = (place, height)
+        ax.annotate(name, point, at, textcoords=("axes fraction", "data"), fontsize=NAME_SIZE, **style)
 
 
 def canvases(
@@ -226,25 +221,26 @@ def canvases(
     coordinate_system: str | None,
 ) -> list[Canvas]:
     """Return the slides with predictions in an object, a table, or a list or dict of them."""
-    keys = (prediction_key, table_key, shapes_key, image_key, coordinate_system)
     if isinstance(data, list | tuple | Mapping):
         if not len(data):
             raise ValueError("`sdata` is empty; at least one object is needed")
         slides = []
         for name, item in data.items() if isinstance(data, Mapping) else [("", item) for item in data]:
-            for canvas in canvases(item, *keys):
+            for canvas in canvases(item, prediction_key, table_key, shapes_key, image_key, coordinate_system):
                 label = " ".join(part for part in (str(name), canvas.name) if part)
                 slides.append(replace(canvas, name=label or str(sections_of(canvas.table)[0])))
         n_named = Counter(canvas.name for canvas in slides)
-        return [
-            replace(canvas, name=f"{canvas.name} ({i + 1})") if n_named[canvas.name] > 1 else canvas
-            for i, canvas in enumerate(slides)
-        ]
-    if hasattr(data, "obs_names"):
-        table = check_text_names(data)
-        _check_spots(table)
-        xy = spots_of(table)
-        sections = sections_of(table)
+        numbered = [f"{canvas.name} ({i})" for i, canvas in enumerate(slides, 1)]
+        return [replace(c, name=name) if n_named[c.name] > 1 else c for c, name in zip(slides, numbered, strict=True)]
+    key = None
+    if not hasattr(data, "obs_names"):
+        check_spatialdata(data)
+        key = predicted_table(data, prediction_key, table_key(data) if callable(table_key) else table_key)
+    table = check_text_names(data if key is None else data[key])
+    if not table.n_obs:
+        raise ValueError("`sdata`: the table has no spots; at least one is needed")
+    if key is None:
+        xy, sections = spots_of(table), sections_of(table)
         names = list(dict.fromkeys(sections))
         if len(names) > 1:
             return [Canvas(table[sections == name], name=str(name)) for name in names]
@@ -255,27 +251,18 @@ def canvases(
                 stacklevel=3,
             )
         return [Canvas(table)]
-    check_spatialdata(data)
-    key = predicted_table(data, prediction_key, table_key(data) if callable(table_key) else table_key)
-    _check_spots(data[key])
-    record = data[key].uns[Keys(prediction_key).uns]
+    record = table.uns[Keys(prediction_key).uns]
     regions = validate.names(record["shapes"] if shapes_key is None else shapes_key, "shapes_key", least=1, one=True)
     found = []
     for region in regions:
-        table = data[key][(data[key].obs[data[key].uns["spatialdata_attrs"]["region_key"]] == region).to_numpy()]
-        name = region if len(regions) > 1 else ""
-        if not data.images and image_key is None:
-            # Saved without its pixels: the spots alone, as of a table.
-            found.append(Canvas(table, name=name))
-            continue
-        slide = recorded_slide(data, record, region, key, image_key, coordinate_system)
-        found.append(Canvas(table, slide, data, name))
+        rows = (table.obs[table.uns["spatialdata_attrs"]["region_key"]] == region).to_numpy()
+        canvas = Canvas(table[rows], name=region if len(regions) > 1 else "")
+        # Without pixels, if it was saved without them, only the spots are drawn, as of a table.
+        if data.images or image_key is not None:
+            slide = recorded_slide(data, record, region, key, image_key, coordinate_system)
+            canvas = replace(canvas, slide=slide, sdata=data)
+        found.append(canvas)
     return found
-
-
-def _check_spots(table: AnnData) -> None:
-    if not table.n_obs:
-        raise ValueError("`sdata`: the table has no spots; at least one is needed")
 
 
 def on_glass(table: AnnData, prediction_key: str) -> np.ndarray:
@@ -294,13 +281,13 @@ def axes_for(
     n: int,
     ax: Axes | Sequence[Axes] | None,
     ncols: int,
-    panel: float = 4.5,
+    figsize: Sequence[float] | None,
+    title: str | Sequence[str] | None,
+    save: str | Path | None,
     *,
-    figsize: Sequence[float] | None = None,
-    title: str | Sequence[str] | None = None,
+    panel: float = 4.5,
     aspect: float | None = None,
     side_width: float = 0.0,
-    save: str | Path | None = None,
 ) -> list[Axes]:
     """Return ``n`` axes, those in ``ax`` or of a new figure; always check ``ncols``, ``figsize``, ``title`` and ``save``.
 
@@ -315,7 +302,6 @@ def axes_for(
         raise ValueError(
             f"`title` holds {len(title)} titles, {n} are needed; pass a text for a title of the whole figure"
         )
-
     sides = list(figsize) if isinstance(figsize, Iterable) else []
     if figsize is not None and (len(sides) != 2 or not all(validate.is_number(s) and s > 0 for s in sides)):
         raise ValueError(f"`figsize` is {figsize!r}; (width, height) in inches is needed, such as (8, 6)")
@@ -355,13 +341,11 @@ def _file_of(save: str | Path) -> Path:
 
 
 def finish(
-    axes: list[Axes],
-    save: str | Path | None,
-    title: str | Sequence[str] | None = None,
-    show: bool = False,
-    return_fig: bool = False,
+    axes: list[Axes], save: str | Path | None, title: str | Sequence[str] | None, show: bool, return_fig: bool
 ) -> Any:
     """Set titles, save and show the figure; return its axes, or the figure."""
+    import matplotlib.pyplot as plt
+
     figure: Figure = axes[0].figure.canvas.figure
     if isinstance(title, str) and len(axes) > 1:
         figure.suptitle(title)
@@ -377,11 +361,7 @@ def finish(
         finally:
             new.unlink(missing_ok=True)
     if show:
-        import matplotlib.pyplot as plt
-
         plt.show()
-    if return_fig:
-        return figure
-    if show:
-        return None
+    if return_fig or show:
+        return figure if return_fig else None
     return axes[0] if len(axes) == 1 else axes

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import is_object
 from .._core.results import find_results
 from ..get._results import concordance as get_concordance
 from ..get._results import genes_of_result
@@ -51,9 +50,7 @@ def concordance(
         As given to :func:`he2gene_sc.get.concordance`.
     ncols
         Panels in a row.
-    ax
-        Axes to draw in, one per group.
-    figsize, title, save, show, return_fig
+    figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -77,19 +74,18 @@ def concordance(
     >>> ax = hg.pl.concordance(slides, "tumour")
     """
     validate.arguments(concordance, locals())
-    data = data if is_object(data) else list(data)
-    frame = get_concordance(data, by_gene=True, key=key, table_key=table_key)
-    table = get_concordance(data, key=key, table_key=table_key)
-    if "predictor" in table:
-        table = table[table["predictor"] == table["predictor"].iloc[0]]
+    table = find_results(data, "concordance", key, table_key)[0]
+    frame, scores = (get_concordance(table, by_gene=by_gene, key=key) for by_gene in (True, False))
+    if "predictor" in scores:
+        scores = scores[scores["predictor"] == scores["predictor"].iloc[0]]
     groups = list(dict.fromkeys(frame["group"]))
     wanted = groups if group is None else validate.names(group, "group", least=1, one=True)
     validate.all_in(wanted, groups, "group", "was not compared")
-    named = [] if genes is None else [genes] if isinstance(genes, str) else list(genes)
-    named = genes_of_result(find_results(data, "concordance", key, table_key)[0], named, frame["names"], "compared")
-    panels = axes_for(len(wanted), ax, ncols, figsize=figsize, title=title, save=save)
+    given = [] if genes is None else validate.names(genes, "genes", one=True)
+    named = genes_of_result(table, given, frame["names"], "compared")
+    panels = axes_for(len(wanted), ax, ncols, figsize, title, save)
     for name, panel in zip(wanted, panels, strict=True):
-        _panel(panel, frame[frame["group"] == name], table[table["group"] == name], name, named)
+        _panel(panel, frame[frame["group"] == name], scores[scores["group"] == name], name, named)
     return finish(panels, save, title, show, return_fig)
 
 
@@ -105,8 +101,7 @@ def _panel(ax: Axes, part: pd.DataFrame, scores: pd.DataFrame, group: str, named
         ax.annotate(row["names"], point, xytext=(3, 2), textcoords="offset points", fontsize=7)
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    ax.set_xlabel("measured difference (ln)")
-    ax.set_ylabel("predicted difference (ln)")
+    ax.set(xlabel="measured difference (ln)", ylabel="predicted difference (ln)")
     spearman = ", ".join(f"{row['genes']} {row['spearman']:.2f}" for _, row in scores.iterrows())
     circular = ", circular" if scores["circular"].any() else ""
     ax.set_title(f"{group}{circular}\nSpearman: {spearman}", fontsize=10)

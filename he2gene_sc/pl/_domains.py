@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +18,8 @@ from .._core.names import annotation_target, names_of, stored_colours
 from .._core.predictions import prediction_of
 from .._core.results import find_results
 from .._core.slide import slides_of
-from .._core.spots import samples_of, sections_of, spots_of, unique_section_names
-from ._canvas import Canvas, finish
+from .._core.spots import samples_of, sections_of, unique_section_names
+from ._canvas import Canvas
 from ._panels import Panel, Style, draw_panels
 
 if TYPE_CHECKING:
@@ -63,9 +65,7 @@ def domains(
         ``key_added`` of the run.
     table_key
         Table, if an object has several.
-    ax
-        Axes to draw in, one per panel.
-    alpha, figsize, title, save, show, return_fig
+    alpha, title, figsize, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -95,20 +95,15 @@ def domains(
     columns |= {f"{key}_{name}": name for name in ("measured", "predicted") if f"{key}_{name}" in table.obs}
     labels = {column: _labels(table, spots, column) for column in columns}
     colours = _colours(table, labels)
-    titles = [_title(record, section, name) for name in columns.values()]
-    canvas = _canvas(data, table, spots, prediction_of(table, record["params"].get("layer"))) if image else None
-    if canvas is None:
-        spots_of(table)
-        canvas = Canvas(table[spots])
+    canvas = _canvas(data, table, spots, record, image)
     panels = [Panel(canvas, "tissue")] if canvas.slide is not None else []
-    for column, name in zip(columns, titles, strict=True):
+    for column, name in columns.items():
         present = set(labels[column].iloc[spots].dropna())
         values = labels[column][canvas.table.obs_names]
         legend = {label: colour for label, colour in colours.items() if label in present}
         values = values.where(values.isin(present), None).to_numpy(object)
-        panels.append(Panel(canvas, name, values, legend, name_unknown=False))
-    axes = draw_panels(panels, style, ax, 4, figsize, title, save)
-    return finish(axes, save, title, show, return_fig)
+        panels.append(Panel(canvas, _title(record, section, name), values, legend, name_unknown=False))
+    return draw_panels(panels, style, ax, 4, figsize, title, save, show, return_fig)
 
 
 def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, np.ndarray]:
@@ -125,19 +120,17 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     return chosen, np.flatnonzero(names == chosen)
 
 
-def _canvas(data: SpatialData | AnnData, table: AnnData, spots: np.ndarray, prediction: str | None) -> Canvas | None:
-    """Return the slide of the section, or ``None`` without an image or if the table annotates nothing."""
-    attrs = annotation_target(table)
-    if attrs is None or not getattr(data, "images", None):
-        return None
-    regions = table.obs[attrs["region_key"]]
-    shapes = regions.iloc[spots[0]]
-    try:
-        slides = slides_of(data, table, prediction)
-    except ValueError:
-        return None
-    slide = next((slide for slide in slides if slide.shapes_key == shapes), None)
-    return None if slide is None else Canvas(table[(regions == shapes).to_numpy()], slide, data)
+def _canvas(data: Any, table: AnnData, spots: np.ndarray, record: Mapping, image: bool) -> Canvas:
+    """Return the slide of the section; without an image, or if the table annotates nothing, only the spots."""
+    attrs = annotation_target(table) if image else None
+    if attrs is not None and getattr(data, "images", None):
+        regions = table.obs[attrs["region_key"]]
+        shapes = regions.iloc[spots[0]]
+        with suppress(ValueError):
+            for slide in slides_of(data, table, prediction_of(table, record["params"].get("layer"))):
+                if slide.shapes_key == shapes:
+                    return Canvas(table[(regions == shapes).to_numpy()], slide, data)
+    return Canvas(table[spots])
 
 
 def _labels(table: AnnData, spots: np.ndarray, column: str) -> pd.Series:
@@ -152,7 +145,7 @@ def _colours(table: AnnData, labels: Mapping[str, pd.Series]) -> dict[str, str]:
     colours: dict[str, str] = {}
     for column in reversed(list(labels)):
         colours |= stored_colours(table, column)
-    extra = iter(_EXTRA_COLOURS * 10)
+    extra = cycle(_EXTRA_COLOURS)
     for label in sorted(next(iter(labels.values())).dropna().unique()):
         if label not in colours:
             colours[label] = colours.get(f"~{label}") or next(extra)

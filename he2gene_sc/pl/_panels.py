@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ import pandas as pd
 from .._core import validate
 from .._core.keys import Keys
 from .._core.names import stored_colours
-from ._canvas import Canvas, axes_for, panel_pixels
+from ._canvas import Canvas, axes_for, finish, panel_pixels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -29,6 +30,10 @@ _EXTRA_COLOURS = ("#17becf", "#bcbd22", "#7f7f7f", "#e377c2", "#8c564b", "#1f77b
 _MAX_LABELS = 40
 #: Positions of legends beside and below a panel, and inside it (by matplotlib).
 _BESIDE, _BELOW = "right margin", "below"
+_OUTSIDE: dict[str | None, dict[str, Any]] = {
+    _BESIDE: {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False},
+    _BELOW: {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False, "columnspacing": 1},
+}
 _INSIDE = ("best", "upper left", "upper right", "lower left", "lower right")
 #: Share of the width or height of a panel for an enlarged region.
 _INSET = 0.4
@@ -86,18 +91,26 @@ class Style:
 
 
 def draw_panels(
-    panels: list[Panel], style: Style, ax: Axes | Sequence[Axes] | None, ncols: int, figsize: Any, title: Any, save: Any
-) -> list[Axes]:
-    """Draw panels side by side, in the given axes or in a new figure."""
+    panels: list[Panel],
+    style: Style,
+    ax: Axes | Sequence[Axes] | None,
+    ncols: int,
+    figsize: Any,
+    title: Any,
+    save: Any,
+    show: bool,
+    return_fig: bool,
+) -> Any:
+    """Draw panels side by side, in the given axes or in a new figure; return what ``finish`` returns."""
     import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
 
     norms = _norms(panels, style.vmin, style.vmax)
     boxes = [panel.canvas.box(style.bbox) for panel in panels]
     aspect = max((box[3] - box[1]) / (box[2] - box[0]) for box in boxes)
     has_side_legend = any(panel.colours is not None for panel in panels) and style.legend_loc == _BESIDE
-    width = {1: 5.0, 2: 4.5}.get(min(ncols, len(panels)), 3.4)
-    options: dict[str, Any] = {"figsize": figsize, "title": title, "save": save}
-    axes = axes_for(len(panels), ax, ncols, width, aspect=aspect, side_width=2.0 if has_side_legend else 1.0, **options)
+    width, side_width = {1: 5.0, 2: 4.5}.get(min(ncols, len(panels)), 3.4), 2.0 if has_side_legend else 1.0
+    axes = axes_for(len(panels), ax, ncols, figsize, title, save, panel=width, aspect=aspect, side_width=side_width)
     try:
         for panel, axis, box, norm in zip(panels, axes, boxes, norms, strict=True):
             _draw_region(panel, style, axis, box, norm)
@@ -110,24 +123,39 @@ def draw_panels(
             for spine in axis.spines.values():
                 spine.set_visible(style.frameon)
             if norm is not None:
-                _add_colorbar(axis, norm, style.cmap, panel.label)
-                _add_grey_legend(axis, panel, corners[0])
-            elif panel.values is not None and style.legend_loc not in (None, "none"):
-                _add_legend(axis, panel, style.legend_loc)
+                bar = axis.figure.colorbar(ScalarMappable(norm, style.cmap), cax=axis.inset_axes((1.03, 0, 0.04, 1)))
+                bar.set_label(panel.label, fontsize="small")
+                bar.ax.tick_params(labelsize="small")
+            if panel.values is not None:
+                _add_legend(axis, panel, style.legend_loc, corners[0])
     except BaseException:
         if ax is None:
             plt.close(axes[0].figure.canvas.figure)
         raise
-    return axes
+    return finish(axes, save, title, show, return_fig)
 
 
 def _draw_region(panel: Panel, style: Style, ax: Axes, box: tuple[float, ...], norm: Normalize | None) -> None:
+    """Draw the tissue and the spots; spots without a value are grey."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_rgba, to_rgba_array
+
     if style.image:
         panel.canvas.draw_tissue(ax, box, panel_pixels(ax))
-    if panel.values is not None:
-        colours = _spot_colours(panel, style, norm)
-        colours[:, 3] *= style.alpha
-        panel.canvas.draw_spots(ax, colours, style.size)
+    if panel.values is None:
+        return
+    missing = pd.isna(panel.values)
+    if norm is not None:
+        numbers = np.where(missing, 0.0, panel.values.astype(float))
+        colours = np.array(colormaps.get_cmap(style.cmap)(norm(numbers)))
+        colours[missing] = to_rgba(GREYS[NO_TISSUE])
+    else:
+        of_class, pairs = panel.colours or {}, zip(panel.values, missing, strict=True)
+        colours = to_rgba_array([GREYS[UNKNOWN] if is_missing else of_class[label] for label, is_missing in pairs])
+    if panel.glass is not None:
+        colours[panel.glass & missing] = to_rgba(GREYS[NO_TISSUE])
+    colours[:, 3] *= style.alpha
+    panel.canvas.draw_spots(ax, colours, style.size)
 
 
 def _draw_inset(
@@ -149,72 +177,28 @@ def _draw_inset(
     ax.indicate_inset_zoom(inset, edgecolor="k", alpha=1)
 
 
-def _spot_colours(panel: Panel, style: Style, norm: Normalize | None) -> np.ndarray:
-    """Return the colour of each spot, ``(n, 4)``; grey without a value."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_rgba, to_rgba_array
+def _add_legend(ax: Axes, panel: Panel, loc: str | None, free_corner: str) -> None:
+    """Add a legend of the classes, including classes without spots, and of the greys; of numbers, of the greys only."""
+    from matplotlib.lines import Line2D
 
-    values = panel.values
-    assert values is not None
-    missing = pd.isna(values)
-    if norm is None:
-        assert panel.colours is not None
-        class_colour = panel.colours
-        pairs = zip(values, missing, strict=True)
-        colours = to_rgba_array([GREYS[UNKNOWN] if is_missing else class_colour[text] for text, is_missing in pairs])
-    else:
-        cmap = colormaps[style.cmap] if isinstance(style.cmap, str) else style.cmap
-        colours = np.array(cmap(norm(np.where(missing, 0.0, values.astype(float)))))
-        colours[missing] = to_rgba(GREYS[NO_TISSUE])
-    if panel.glass is not None:
-        colours[panel.glass & missing] = to_rgba(GREYS[NO_TISSUE])
-    return colours
-
-
-def _greys(panel: Panel) -> list[str]:
     missing = pd.isna(panel.values)
     glass = missing & (False if panel.glass is None else panel.glass)
-    return [NO_TISSUE] * bool(glass.any()) + [UNKNOWN] * bool(panel.name_unknown and (missing & ~glass).any())
-
-
-def _add_grey_legend(ax: Axes, panel: Panel, corner: str) -> None:
-    from matplotlib.lines import Line2D
-
-    if names := _greys(panel):
-        handle = Line2D([], [], marker="o", ls="", color=GREYS[NO_TISSUE], label=" or ".join(names))
-        options: dict[str, Any] = {"loc": corner, "fontsize": "small", "handletextpad": 0.2}
-        ax.legend(handles=[handle], **options)
-
-
-def _add_colorbar(ax: Axes, norm: Normalize, cmap: str | Colormap, label: str) -> None:
-    from matplotlib.cm import ScalarMappable
-
-    bar_axes = ax.inset_axes((1.03, 0, 0.04, 1))
-    bar = ax.figure.colorbar(ScalarMappable(norm, cmap), cax=bar_axes)
-    bar.set_label(label, fontsize="small")
-    bar_axes.tick_params(labelsize="small")
-
-
-def _add_legend(ax: Axes, panel: Panel, loc: str) -> None:
-    """Add a legend of the classes, including classes without spots, and of the greys."""
-    from matplotlib.lines import Line2D
-
-    assert panel.colours is not None
+    drawn = {NO_TISSUE: glass.any(), UNKNOWN: panel.name_unknown and (missing & ~glass).any()}
+    greys = [(name, GREYS[name]) for name, is_drawn in drawn.items() if is_drawn]
+    if panel.colours is None and greys:
+        greys, loc = [(" or ".join(name for name, _ in greys), GREYS[NO_TISSUE])], free_corner
+    elif panel.colours is None or loc in (None, "none"):
+        return
     present = set(pd.unique(np.asarray(panel.values, object)))
     handles = []
-    greys = [(grey, GREYS[grey]) for grey in _greys(panel)]
-    for name, colour in dict.fromkeys([*panel.colours.items(), *greys]):
-        absent = name not in present and (name, colour) not in greys
-        handle = Line2D([], [], marker="o", ls="", color=colour, label=f"{name} (absent)" if absent else name)
-        handle.set_fillstyle("none" if absent else "full")
-        handles.append(handle)
-    options: dict[str, Any] = {"loc": loc}
-    if loc == _BESIDE:
-        options = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "frameon": False}
-    elif loc == _BELOW:
-        options = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
-        options |= {"ncols": 2 if len(handles) > 2 else 1, "columnspacing": 1}
-    ax.legend(handles=handles, fontsize="small", handletextpad=0.2, **options)
+    for name, colour in dict.fromkeys([*(panel.colours or {}).items(), *greys]):
+        is_drawn = name in present or (name, colour) in greys
+        label = name if is_drawn else f"{name} (absent)"
+        fill: Literal["full", "none"] = "full" if is_drawn else "none"
+        handles.append(Line2D([], [], marker="o", ls="", color=colour, label=label, fillstyle=fill))
+    ncols = 2 if loc == _BELOW and len(handles) > 2 else 1
+    options = _OUTSIDE.get(loc, {"loc": loc})
+    ax.legend(handles=handles, fontsize="small", handletextpad=0.2, ncols=ncols, **options)
 
 
 def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None, item: int) -> Panel:
@@ -229,53 +213,61 @@ def class_panel(slide: Canvas, column: str, title: str, glass: np.ndarray | None
     return Panel(slide, title, labels, colours={}, glass=glass, item=item, scale=column)
 
 
-def class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any) -> dict[str, str]:
-    """Return the colour of each class of a column, in the order of the legend.
+def complete(panels: list[Panel], keys: Keys, palette: Any) -> list[Panel]:
+    """Return panels with the colours of their classes and, of several slides, with the name of the slide in the title.
 
-    Colours are from ``palette``, else the model, else ``uns``, else a default list.
+    Raise if no entry of the palette is a class in the panels; it may have classes that a slide lacks.
     """
-    model_colours: dict[str, str] = {}
-    stored: dict[str, str] = {}
-    for table in tables:
-        model_colours |= _model_colours(table, keys)
-        stored |= stored_colours(table, column)
-    labels: dict[str, None] = dict.fromkeys(model_colours) if column == keys.annotation else {}
-    for table in tables:
-        labels |= dict.fromkeys(sorted(map(str, table.obs[column].astype("category").cat.categories)))
-    others = [label for label in labels if label not in model_colours and label not in stored]
-    all_colours = {label: _EXTRA_COLOURS[i % len(_EXTRA_COLOURS)] for i, label in enumerate(others)}
-    all_colours |= GREYS | stored | model_colours
-    return {label: all_colours[label] for label in labels} | _palette_colours(palette, list(labels))
-
-
-def check_palette(palette: Any, panels: list[Panel]) -> None:
-    """Raise if no entry of the palette is a class in the panels; it may have classes that a slide lacks."""
-    known = sorted({label for panel in panels for label in panel.colours or ()})
+    slides = list(dict.fromkeys(panel.canvas for panel in panels))
+    columns = dict.fromkeys(panel.scale for panel in panels if panel.colours is not None)
+    colours = {column: _class_colours(column, [slide.table for slide in slides], keys, palette) for column in columns}
+    known = sorted(set().union(*colours.values()))
     entries = [str(key) for key in palette] if isinstance(palette, Mapping) else []
     if known and entries and not set(entries) & set(known):
         raise ValueError(
             f"`palette` has {entries[:5]}, which are not classes, valid: {known}{validate.suggest(entries[0], known)}"
         )
+    titles = [f"{panel.canvas.name}\n{panel.title}" if len(slides) > 1 else panel.title for panel in panels]
+    return [replace(p, title=title, colours=colours.get(p.scale)) for p, title in zip(panels, titles, strict=True)]
+
+
+def classes_of(table: AnnData, keys: Keys) -> list[str]:
+    """Return the classes of which a prediction has probabilities."""
+    return [str(label) for label in getattr(table.obsm.get(keys.proba), "columns", ())]
+
+
+def _class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: Any) -> dict[str, str]:
+    """Return the colour of each class of a column, in the order of the legend.
+
+    Colours are from ``palette``, else the model, else ``uns``, else a default list.
+    """
+    of_model: dict[str, str] = {}
+    stored: dict[str, str] = {}
+    labels: dict[str, Any] = {}
+    for table in tables:
+        of_model |= _model_colours(table, keys)
+        stored |= stored_colours(table, column)
+        labels |= dict.fromkeys(sorted(map(str, table.obs[column].astype("category").cat.categories)))
+    labels = of_model | labels if column == keys.annotation else labels
+    others = [label for label in labels if label not in of_model and label not in stored]
+    colours = dict(zip(others, cycle(_EXTRA_COLOURS))) | GREYS | stored | of_model
+    return {label: colours[label] for label in labels} | _palette_colours(palette, list(labels))
 
 
 def _model_colours(table: AnnData, keys: Keys) -> dict[str, str]:
     """Return the colours of the model's classes, from the card of a bundled model, else from ``uns``."""
     from ..models import BUNDLED, load
 
-    record = table.uns.get(keys.uns)
+    record, values = table.uns.get(keys.uns), table.obs.get(keys.annotation)
     name = record.get("model") if isinstance(record, Mapping) else None
-    proba = table.obsm.get(keys.proba)
-    classes = [str(label) for label in getattr(proba, "columns", ())]
-    colours: dict[str, str] = {}
-    if name in BUNDLED:
-        card = load(name).card
-        colours = dict(zip(card.classes, card.class_colors, strict=True))
-    values = table.obs.get(keys.annotation)
+    classes = classes_of(table, keys)
     if values is not None and isinstance(values.dtype, pd.CategoricalDtype):
-        classes += [str(label) for label in values.cat.categories if str(label) not in classes]
+        classes += map(str, values.cat.categories)
+    card = load(name).card if name in BUNDLED else None
+    colours = dict(zip(card.classes, card.class_colors, strict=True)) if card is not None else {}
     colours |= stored_colours(table, keys.annotation)
-    extra = iter(_EXTRA_COLOURS * (1 + len(classes)))
-    return {label: colours.get(label) or next(extra) for label in classes}
+    extra = cycle(_EXTRA_COLOURS)
+    return {label: colours.get(label) or next(extra) for label in dict.fromkeys(classes)}
 
 
 def _palette_colours(palette: Any, labels: list[str]) -> dict[str, str]:
@@ -307,29 +299,34 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
     """Return the range of colours of each panel with numbers."""
     from matplotlib.colors import Normalize
 
-    ends = {name: _end_of_each(value, name, panels) for name, value in (("vmin", vmin), ("vmax", vmax))}
     pooled: dict[Any, list[np.ndarray]] = {}
     for panel in panels:
         if panel.values is not None and panel.colours is None:
             pooled.setdefault(panel.scale, []).append(panel.values[np.isfinite(panel.values)])
     norms: list[Normalize | None] = []
-    for i, panel in enumerate(panels):
+    ends = (_end_of_each(value, name, panels) for name, value in (("vmin", vmin), ("vmax", vmax)))
+    for panel, *given in zip(panels, *ends, strict=True):
         if panel.values is None or panel.colours is not None:
             norms.append(None)
             continue
         values = np.concatenate(pooled[panel.scale])
-        low, high = panel.limits or (0.0, 1.0)
+        limits = panel.limits or (0.0, 1.0)
         if panel.limits is None and len(values):
             # With few spots, these quantiles are the minimum and maximum, so nothing is clipped.
-            low = float(np.quantile(values, 0.01, method="lower"))
-            high = float(np.quantile(values, 0.99, method="higher"))
-        low, high = _end(ends["vmin"][i], values, low), _end(ends["vmax"][i], values, high)
-        given = [end for end in (ends["vmin"][i], ends["vmax"][i]) if end is not None]
+            limits = np.quantile(values, 0.01, method="lower"), np.quantile(values, 0.99, method="higher")
+        ends_of_panel = []
+        for end, limit in zip(given, limits, strict=True):
+            if isinstance(end, str):
+                end = np.percentile(values, float(end[1:])) if len(values) else None
+            ends_of_panel.append(float(limit if end is None else end))
+        low, high = ends_of_panel
         # For constant data, percentiles are valid, and so is a vmin equal to the constant.
-        is_constant = not np.ptp(values) if len(values) else len(given) == 1
-        numbers = [end for end in given if not isinstance(end, str)]
-        is_valid = is_constant and (not len(values) or not numbers or (ends["vmax"][i] is None and high == low))
-        if high <= low and given and not is_valid:
+        numbers = [end for end in given if validate.is_number(end)]
+        if not len(values):
+            is_valid = given.count(None) > 0
+        else:
+            is_valid = not np.ptp(values) and (not numbers or (given[1] is None and high == low))
+        if high <= low and any(end is not None for end in given) and not is_valid:
             raise ValueError(f"`vmin` {low:g} is not below `vmax` {high:g} for {panel.title!r}")
         norms.append(Normalize(low, high if high > low else low + 1.0))
     return norms
@@ -338,19 +335,12 @@ def _norms(panels: list[Panel], vmin: Any, vmax: Any) -> list[Normalize | None]:
 def _end_of_each(value: Any, name: str, panels: list[Panel]) -> list[Any]:
     """Return the end of each panel; ``value`` is one for all, one per panel, or one per drawn name."""
     n_items = 1 + max(panel.item for panel in panels)
-    given = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else None
-    if given is not None and len(given) not in (n_items, len(panels)):
+    is_list = isinstance(value, Iterable) and not isinstance(value, str)
+    given = list(value) if is_list else [value] * len(panels)
+    if len(given) not in (n_items, len(panels)):
         raise ValueError(f"`{name}` holds {len(given)} values; {n_items} are needed, one for each drawn name")
-    for end in [value] if given is None else given:
+    for end in given:
         percent = re.fullmatch(r"p(\d+(?:\.\d+)?)", end) if isinstance(end, str) else None
         if not (end is None or validate.is_number(end) or (percent is not None and float(percent[1]) <= 100)):
             raise ValueError(f"`{name}` is {end!r}; a number, or a percentile such as 'p99', is needed")
-    if given is None:
-        return [value] * len(panels)
     return given if len(given) == len(panels) else [given[panel.item] for panel in panels]
-
-
-def _end(given: Any, values: np.ndarray, default: float) -> float:
-    if isinstance(given, str) and len(values):
-        return float(np.percentile(values, float(given[1:])))
-    return default if given is None or isinstance(given, str) else float(given)

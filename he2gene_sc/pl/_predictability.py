@@ -13,7 +13,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.elements import is_object
-from .._core.genes import find_genes, symbols_in
+from .._core.genes import find_genes, match_genes, symbols_in
 from .._core.keys import Keys
 from .._core.predictions import IF_NONE_RELIABLE, gene_flags, predicting_model, symbols_of
 from .._core.results import find_result
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _COLOURS = {True: "#1f77b4", False: "#b0b0b0"}
 _NEW_PATIENT = "#9467bd"
+#: Units of the interval in the legend, by their name in the rule for reliable genes on the card.
+_UNITS = {"patients": "patients", "sections": "sections of known patients"}
 #: Maximum number of labels that fit.
 _MAX_LABELS = 40
 #: Maximum number of labelled genes with intervals; more would hide the plot.
@@ -71,13 +73,7 @@ def predictability(
         the lowest to the highest section.
     gene_symbols
         As given to predict. Default: the recorded value.
-    prediction_key
-        ``key_added`` of predict.
-    table_key
-        As given to predict.
-    ax
-        Axes to draw in.
-    figsize, title, save, show, return_fig
+    prediction_key, table_key, figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -102,16 +98,17 @@ def predictability(
     validate.arguments(predictability, locals())
     if key is None:
         table, rule = _model_genes(model, prediction_key, table_key, gene_symbols)
-        band_label, y_label = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
+        unit = re.search(r"t over the (\d+) (patients|sections), held out", rule)
+        over = f"{unit[1]} held-out {_UNITS[unit[2]]}" if unit else "what was held out"
+        band_label, y_label = f"95 % interval over {over}", "held-out Pearson correlation"
     else:
-        table, rule, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
-        band_label = rule
+        table, band_label, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
     if table["pcc"].isna().all():
         what = "`model` has no held-out metrics" if key is None else f"`key` {key!r} has no correlation of any gene"
         raise ValueError(f"{what}, so the accuracy of its genes is unknown; pass another one")
     table = table.dropna(subset="pcc").sort_values("pcc", ascending=False, kind="stable")
     chosen = _chosen(table, genes)
-    (ax,) = axes_for(1, ax, ncols=1, panel=6.0, figsize=figsize, title=title, save=save)
+    (ax,) = axes_for(1, ax, 1, figsize, title, save, panel=6.0)
     rank = np.arange(1, len(table) + 1)
     if {"pcc_low", "pcc_high"} <= set(table.columns) and table["pcc_high"].notna().any():
         low, high = table["pcc_low"], table["pcc_high"]
@@ -123,21 +120,20 @@ def predictability(
         bars = np.stack([low.iloc[rows], high.iloc[rows], gap], 1).ravel()
         ax.plot(np.repeat(rows + 1.0, 3), bars, color="#8fa3b8", lw=1, zorder=2)
     if "pcc_new_patient" in table and table["pcc_new_patient"].notna().any():
-        faint: dict[str, Any] = {"s": 2, "alpha": 0.2} if len(table) > _MANY else {"s": 8, "alpha": 0.7}
-        ax.scatter(rank, table["pcc_new_patient"], lw=0, color=_NEW_PATIENT, zorder=2, rasterized=True, **faint)
-        ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=_new_patients(rule), zorder=4)
+        size, alpha = (2, 0.2) if len(table) > _MANY else (8, 0.7)
+        style: dict[str, Any] = {"lw": 0, "color": _NEW_PATIENT, "zorder": 2, "rasterized": True}
+        ax.scatter(rank, table["pcc_new_patient"], s=size, alpha=alpha, **style)
+        n_patients = re.search(r"the (\d+) patients, held out whole", rule)
+        label = f"mean over {n_patients[1]} held-out patients" if n_patients else "held-out patients"
+        ax.plot(*_running(table["pcc_new_patient"]), color=_NEW_PATIENT, label=label, zorder=4)
     for reliable, name in ((False, "not reliable"), (True, "reliable")) if key is None else ((True, "genes"),):
         mask = table["reliable"].to_numpy(bool) == reliable
-        ax.scatter(
-            rank[mask], table["pcc"][mask], s=7, color=_COLOURS[reliable], label=f"{name} ({mask.sum():,})", zorder=3
-        )
+        label = f"{name} ({mask.sum():,})"
+        ax.scatter(rank[mask], table["pcc"][mask], s=7, color=_COLOURS[reliable], label=label, zorder=3)
     if "ceiling" in table and table["ceiling"].notna().any():
         ax.plot(*_running(table["ceiling"]), color="#ff7f0e", label="noise ceiling", zorder=3)
     ax.axhline(0, color="k", lw=0.5)
-    ax.set_xscale("log")
-    ax.set_xlim(0.8, 1.3 * len(table))
-    ax.set_xlabel("genes, best predicted first (rank)")
-    ax.set_ylabel(y_label)
+    ax.set(xscale="log", xlim=(0.8, 1.3 * len(table)), xlabel="genes, best predicted first (rank)", ylabel=y_label)
     legend = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2, "frameon": False, "fontsize": 8}
     if key is None and not table["reliable"].any():
         hint = textwrap.fill(f"No gene is reliable. You can {IF_NONE_RELIABLE}.", 80)
@@ -149,13 +145,12 @@ def predictability(
 
 def _chosen(table: pd.DataFrame, genes: Any) -> list[str]:
     """Return the genes to label, best first."""
-    is_number = validate.is_whole(genes)
-    if (is_number and genes < 0) or not (is_number or np.iterable(genes)):
-        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of genes from 0, are needed")
-    if is_number:
+    if validate.is_whole(genes) and genes >= 0:
         wanted = list(table.index[:genes])
-    else:
+    elif np.iterable(genes):
         wanted = [genes] if isinstance(genes, str) else list(dict.fromkeys(genes))
+    else:
+        raise ValueError(f"`genes` is {genes!r}; names of genes, or a number of genes from 0, are needed")
     positions = find_genes(wanted, table.index, one_to_one=False)
     if "symbol" in table:
         positions = np.where(positions >= 0, positions, find_genes(wanted, table["symbol"], one_to_one=False))
@@ -173,36 +168,19 @@ def _label(ax: Axes, table: pd.DataFrame, chosen: Sequence[str]) -> None:
         return
     x, y = 1.0 + table.index.get_indexer(chosen), table.loc[list(chosen), "pcc"].to_numpy(float)
     ax.scatter(x, y, s=30, facecolors="none", edgecolors="k", lw=0.8, zorder=5)
-    left, right = ax.get_xlim()
-    low, high = ax.get_ylim()
-    height = ax.get_window_extent().height * 72 / ax.figure.dpi
+    (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
+    width, height = (size * 72 / ax.figure.dpi for size in ax.get_window_extent().size)
     step = min(1.5 * NAME_SIZE / height, 1 / len(chosen)) * (high - low)
     name_points(ax, chosen, np.column_stack([x, y]), 0.98, step)
     # The share of the axis that the longest name takes.
-    width = ax.get_window_extent().width * 72 / ax.figure.dpi
     share = min(0.7 * NAME_SIZE * max(map(len, chosen)) / width, 0.5)
-    ax.set_xlim(left, right * (right / left) ** ((0.04 + share) / (1 - share)))
-    ax.set_ylim(low, high)
+    ax.set(xlim=(left, right * (right / left) ** ((0.04 + share) / (1 - share))), ylim=(low, high))
 
 
 def _running(values: pd.Series) -> tuple[np.ndarray, list[float]]:
     """Return ranks, evenly spaced on the axis, and the running medians at them."""
     ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(int))
     return ranks, [values.iloc[int(np.ceil(r / _WINDOW)) - 1 : int(r * _WINDOW)].median() for r in ranks]
-
-
-def _unit(rule: str) -> str:
-    """Return the units of the interval, as stated in the rule for reliable genes on the card."""
-    match = re.search(r"t over the (\d+) (patients|sections), held out", rule)
-    if match is None:
-        return "what was held out"
-    return f"{match[1]} held-out " + ("patients" if match[2] == "patients" else "sections of known patients")
-
-
-def _new_patients(rule: str) -> str:
-    """Return the legend entry of the correlations with held-out patients."""
-    match = re.search(r"the (\d+) patients, held out whole", rule)
-    return f"mean over {match[1]} held-out patients" if match else "held-out patients"
 
 
 def _model_genes(
@@ -214,8 +192,6 @@ def _model_genes(
     if isinstance(model, HE2Gene | str | Path):
         loaded = load(model)
         return loaded.genes, loaded.card.reliable_rule
-    from .._core.genes import match_genes
-
     table = get_table(model, table_key, prediction_key=prediction_key)
     keys = Keys(prediction_key)
     if keys.predicted not in table.var:
@@ -244,14 +220,10 @@ def _evaluated_genes(
     n = genes.loc[genes["scope"] == "section", "section"].nunique()
     if n > 1:
         table = table.assign(pcc_low=sections.min(), pcc_high=sections.max())
-    layer = genes["predictor"].iloc[0]
     table.index = pd.Index(table.index.astype(str))
     if gene_symbols is not None:
         source = get_table(data, table_key)
         names = pd.Series(symbols_in(source, gene_symbols), index=source.var_names.astype(str))
         table["symbol"] = names[~names.index.duplicated()].reindex(table.index).to_numpy(object)
-    return (
-        table.assign(reliable=True),
-        f"lowest to highest of {n} sections",
-        f"Pearson correlation, {layer} with measured",
-    )
+    y_label = f"Pearson correlation, {genes['predictor'].iloc[0]} with measured"
+    return table.assign(reliable=True), f"lowest to highest of {n} sections", y_label

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,8 @@ from .._core.ownership import is_prediction, is_record_of
 from .._core.predictions import gene_flags, predicted_layer, predicted_table, record_of, symbols_of
 from .._core.results import scores_of
 from ..stats import pearson
-from ._canvas import Canvas, canvases, finish, on_glass
-from ._panels import Panel, Style, check_palette, class_colours, class_panel, draw_panels
+from ._canvas import Canvas, canvases, on_glass
+from ._panels import Panel, Style, class_panel, classes_of, complete, draw_panels
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -159,11 +158,11 @@ def spatial(
     style = Style(image, size, alpha, cmap, vmin, vmax, legend_loc, frameon, bbox, inset)
     names = [*_as_list(genes, "genes"), *_as_list(color, "color")]
     keys = Keys(prediction_key)
-    chosen_table = table_key or (lambda item: _table_with(item, names, prediction_key))
+    chosen_table = table_key or (lambda item: _table_with(item, names, keys))
     slides = canvases(sdata, prediction_key, chosen_table, shapes_key, image_key, coordinate_system)
     if "probabilities" in names:
-        classes = list(dict.fromkeys(label for slide in slides for label in _classes(slide.table, keys)))
-        if without := [slide.name for slide in slides if not _classes(slide.table, keys)]:
+        classes = list(dict.fromkeys(label for slide in slides for label in classes_of(slide.table, keys)))
+        if without := [slide.name for slide in slides if not classes_of(slide.table, keys)]:
             where = f" of slide {without[0]!r}" if without[0] else ""
             raise ValueError(
                 f"`prediction_key` {prediction_key!r}: the model has no annotation head, so obsm{where} has no {keys.proba!r}"
@@ -172,24 +171,17 @@ def spatial(
     if not names and (not image or any(slide.slide is None for slide in slides)):
         raise ValueError("`genes`/`color` are empty, and there is no tissue to draw; name a gene or a column of obs")
     given = {"genes": genes, "color": color}
-    _check_names(slides, names, keys, "/".join(f"`{name}`" for name, value in given.items() if value is not None))
-    tables = [slide.table for slide in slides]
-    panels: list[Panel] = []
-    n_panels = 0
-    for slide in slides:
-        own = _panels(slide, names, keys, layer, measured, shared_scale)
-        n_panels = max(n_panels, len(own))
-        own = [
-            replace(p, colours=class_colours(p.scale, tables, keys, palette)) if p.colours is not None else p
-            for p in own
-        ]
-        panels += [replace(p, title=f"{slide.name}\n{p.title}") for p in own] if len(slides) > 1 else own
+    parameter = "/".join(f"`{key}`" for key, value in given.items() if value is not None)
+    drawn = []
+    for slide, found in zip(slides, _check_names(slides, names, keys, parameter), strict=True):
+        sources = [(name, found[name]) for name in names]
+        drawn.append(_panels(slide, sources, keys, layer, measured, shared_scale))
+    panels = complete([panel for own in drawn for panel in own], keys, palette)
     if ncols is None:
+        n_panels = max(map(len, drawn))
         pairs = len(panels) == 4 and any(panel.title.split(" (")[0].endswith("measured") for panel in panels)
         ncols = n_panels if len(slides) > 1 and 1 < n_panels < 5 else 2 if pairs else 4
-    check_palette(palette, panels)
-    axes = draw_panels(panels, style, ax, ncols, figsize, title, save)
-    return finish(axes, save, title, show, return_fig)
+    return draw_panels(panels, style, ax, ncols, figsize, title, save, show, return_fig)
 
 
 def _as_list(names: Any, parameter: str) -> list[str]:
@@ -201,173 +193,143 @@ def _as_list(names: Any, parameter: str) -> list[str]:
     return listed
 
 
-def _classes(table: AnnData, keys: Keys) -> list[str]:
-    return [str(label) for label in getattr(table.obsm.get(keys.proba), "columns", ())]
+def _sources(table: AnnData, names: list[str], keys: Keys) -> dict[str, tuple[str, Any]]:
+    """Return what each name is, and its key.
 
-
-def _column(table: AnnData, name: str, keys: Keys) -> str | None:
-    """Return the column of ``obs`` for a name, or ``None``."""
+    ``"gene"``: a predicted gene, by its name in ``var``. ``"numbers"``, ``"labels"``: a column of ``obs``. ``"class"``: a class of
+    the model, or ``"probabilities"``. ``"set"``: a gene set, by its key in ``obsm`` and the suffix of its title. Empty: unknown.
+    """
+    columns = np.full(len(names), -1)
+    if is_prediction(table.uns.get(keys.uns)):
+        columns = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
+    if (columns >= 0).any():
+        columns = np.where(np.append(gene_flags(table, keys.predicted), False)[columns], columns, -1)
     ours = {"annotation": keys.annotation, "confidence": keys.confidence, "ood": keys.ood, "tissue": keys.tissue}
-    return next((column for column in (name, ours.get(name)) if column in table.obs), None)
+    classes, sets = classes_of(table, keys), scores_of(table, keys)
+    found: dict[str, tuple[str, Any]] = {}
+    for name, column in zip(names, columns, strict=True):
+        in_obs = next((key for key in (name, ours.get(name)) if key in table.obs), None)
+        if column >= 0:
+            found[name] = "gene", table.var_names[column]
+        elif in_obs is not None:
+            values = table.obs[in_obs]
+            is_number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+            found[name] = "numbers" if is_number else "labels", in_obs
+        elif name in classes or (name == "probabilities" and classes):
+            found[name] = "class", name
+        else:
+            found[name] = ("set", sets[name]) if name in sets else ("", None)
+    return found
 
 
-def _unknown(table: AnnData, names: list[str], keys: Keys) -> list[str]:
-    """Return the names that are neither a predicted gene, a column, a class nor a gene set."""
-    positions = _columns(table, names, keys)
-    classes = _classes(table, keys)
-    classes += ["probabilities"] * bool(classes) + list(scores_of(table, keys))
-    return [
-        name
-        for name, position in zip(names, positions, strict=True)
-        if position < 0 and _column(table, name, keys) is None and name not in classes
-    ]
-
-
-def _is_number(values: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-
-
-def _check_names(slides: list[Canvas], names: list[str], keys: Keys, parameter: str) -> None:
-    """Raise if a slide lacks a name, or if a column has numbers in one slide and labels in another."""
-    for slide in slides:
+def _check_names(
+    slides: list[Canvas], names: list[str], keys: Keys, parameter: str
+) -> list[dict[str, tuple[str, Any]]]:
+    """Return the sources of each slide; raise if it lacks a name, or if a column has numbers in one slide and labels in another."""
+    sources = [_sources(slide.table, names, keys) for slide in slides]
+    for slide, found in zip(slides, sources, strict=True):
         table, where = slide.table, f" for slide {slide.name!r}" if slide.name else ""
-        if unknown := _unknown(table, names, keys):
+        if unknown := [name for name in names if not found[name][0]]:
             raise ValueError(
                 f"{parameter} {unknown[:5]} were not predicted{where}; hg.get.genes(sdata) lists the predicted genes. Also valid are "
                 "columns of obs, classes of the model, gene sets, 'annotation', 'confidence', 'ood', 'tissue' and 'probabilities'"
-                f"{validate.suggest(unknown[0], [*table.obs, *_classes(table, keys), *scores_of(table, keys)])}"
+                f"{validate.suggest(unknown[0], [*table.obs, *classes_of(table, keys), *scores_of(table, keys)])}"
             )
     for name in names:
-        columns = [(slide.table.obs, _column(slide.table, name, keys)) for slide in slides]
-        if len({column is None or _is_number(obs[column]) for obs, column in columns}) > 1:
+        if len({found[name][0] == "labels" for found in sources}) > 1:
             raise ValueError(
                 f"{parameter} {name!r} holds numbers in one slide and labels in another; one kind is needed"
             )
+    return sources
 
 
 def _panels(
-    slide: Canvas, names: list[str], keys: Keys, layer: str | None, measured: bool | str | None, shared_scale: bool
+    slide: Canvas,
+    sources: Sequence[tuple[str, tuple[str, Any]]],
+    keys: Keys,
+    layer: str | None,
+    measured: Any,
+    shared: bool,
 ) -> list[Panel]:
-    """Return the panels of one slide; ``scale`` of a panel of classes is its column."""
+    """Return the panels of one slide; ``sources`` are the names with what they are."""
     table = slide.table
-    if not names:
+    if not sources:
         return [Panel(slide, "tissue")]
-    positions = _columns(table, names, keys)
-    genes = {i: table.var_names[position] for i, position in enumerate(positions) if position >= 0}
-    gene_panels = _gene_panels(slide, names, genes, keys, layer, measured, shared_scale) if genes else {}
+    genes = {i: (name, key) for i, (name, (kind, key)) in enumerate(sources) if kind == "gene"}
+    gene_panels = _gene_panels(slide, genes, keys, layer, measured, shared) if genes else {}
     glass = on_glass(table, keys.key_added)
     panels: list[Panel] = []
-    for i, name in enumerate(names):
-        column = _column(table, name, keys)
-        if i in gene_panels:
+    for i, (name, (kind, key)) in enumerate(sources):
+        if kind == "gene":
             panels += gene_panels[i]
-        elif column is None and name not in _classes(table, keys):
-            key, suffix = scores_of(table, keys)[name]
-            values = np.where(glass, np.nan, table.obsm[key][name].to_numpy(float))
+        elif kind == "set":
+            obsm, suffix = key
+            values = np.where(glass, np.nan, table.obsm[obsm][name].to_numpy(float))
             panels.append(Panel(slide, f"{name}{suffix}", values, label="score (t)", glass=glass, item=i, scale=i))
-        elif column is None:
+        elif kind == "class":
             values = table.obsm[keys.proba][name].to_numpy(float)
             panels.append(Panel(slide, name, values, label="probability", item=i, scale=i, limits=(0, 1)))
-        elif _is_number(table.obs[column]):
-            values = table.obs[column].to_numpy(float, na_value=np.nan)
-            label = {
-                keys.confidence: "probability",
-                keys.tissue: "share of tissue",
-                keys.ood: "above 1: out of distribution",
-            }
-            limits = (0.0, 1.0) if column in (keys.confidence, keys.tissue) else None
-            own = glass if column == keys.confidence else None
-            panels.append(
-                Panel(slide, name, values, label=label.get(column, ""), glass=own, item=i, scale=i, limits=limits)
-            )
+        elif kind == "numbers":
+            shares = {keys.confidence: "probability", keys.tissue: "share of tissue"}
+            label = {**shares, keys.ood: "above 1: out of distribution"}.get(key, "")
+            limits, own = (0.0, 1.0) if key in shares else None, glass if key == keys.confidence else None
+            values = table.obs[key].to_numpy(float, na_value=np.nan)
+            panels.append(Panel(slide, name, values, label=label, glass=own, item=i, scale=i, limits=limits))
         else:
-            title = "predicted annotation" if column == keys.annotation else name
-            panels.append(class_panel(slide, column, title, glass if column == keys.annotation else None, i))
+            ours = key == keys.annotation
+            title = "predicted annotation" if ours else name
+            panels.append(class_panel(slide, key, title, glass if ours else None, i))
     return panels
 
 
 def _gene_panels(
-    slide: Canvas, names: list[str], genes: dict[int, str], keys: Keys, layer: str | None, measured: Any, shared: bool
+    slide: Canvas, genes: dict[int, tuple[str, str]], keys: Keys, layer: str | None, measured: Any, shared: bool
 ) -> dict[int, list[Panel]]:
-    """Return the predicted and measured panels of each gene, by its position in ``names``."""
+    """Return the predicted and measured panels of each gene; ``genes`` are the given name and that in ``var``, by position."""
     table = slide.table
     if not table.var_names.is_unique:
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
-    model_layer = predicted_layer(table, keys.key_added)
     drawn_layer = None if layer is None else predicted_layer(table, keys.key_added, layer)
-    var_names = list(genes.values())
+    var_names = [gene for _, gene in genes.values()]
     predicted = np.array(dense(matrix_of(table[:, var_names], drawn_layer)), dtype=float)
     glass = on_glass(table, keys.key_added)
     predicted[glass] = np.nan
     truth, were_counts = _measured(table, var_names, measured) or (None, False)
-    facts = table.var.loc[var_names]
-    reliable = dict(zip(table.var_names, gene_flags(table, keys.reliable), strict=True))
-    is_prediction_drawn = drawn_layer == model_layer
+    facts, reliable = table.var, pd.Series(gene_flags(table, keys.reliable), table.var_names)
+    held_out: list[tuple[str, str]] = []
+    title = "adapted" if is_record_of("adapt", table.uns.get(drawn_layer)) else drawn_layer or layer_label(None)
+    if drawn_layer == predicted_layer(table, keys.key_added):
+        title = "predicted"
+        held_out = [("held-out", keys.pcc), ("new patients", keys.pcc_new_patient)]
     out: dict[int, list[Panel]] = {}
-    for j, i in enumerate(genes):
-        mark = "" if reliable[genes[i]] else " (not reliable)"
-        correlations = [
-            f"{text} r = {facts[name].iloc[j]:.2f}"
-            for text, name in (("held-out", keys.pcc), ("new patients", keys.pcc_new_patient))
-            if is_prediction_drawn and name in facts and np.isfinite(facts[name].iloc[j])
-        ]
+    for j, (i, (name, gene)) in enumerate(genes.items()):
+        mark = "" if reliable[gene] else " (not reliable)"
+        r = {text: facts.loc[gene, column] for text, column in held_out if column in facts}
+        caption = ", ".join(f"{text} r = {value:.2f}" for text, value in r.items() if np.isfinite(value))
+        scales = (i, i) if shared else ((i, "predicted"), (i, "measured"))
+        values = predicted[:, j]
         out[i] = [
-            Panel(
-                slide,
-                f"{names[i]} {'predicted' if is_prediction_drawn else _layer_title(table, drawn_layer)}{mark}",
-                predicted[:, j],
-                label=_LOG_UNIT,
-                caption=", ".join(correlations),
-                glass=glass,
-                item=i,
-                scale=i if shared else (i, "predicted"),
-            )
+            Panel(slide, f"{name} {title}{mark}", values, None, _LOG_UNIT, caption, glass, item=i, scale=scales[0])
         ]
         if truth is not None:
-            r = _correlation(predicted[:, j], truth[:, j])
-            out[i].append(
-                Panel(
-                    slide,
-                    f"{names[i]} measured{f' (r = {r:.2f})' if np.isfinite(r) else ''}",
-                    truth[:, j],
-                    label=_LOG_UNIT if were_counts else "as stored",
-                    item=i,
-                    scale=i if shared else (i, "measured"),
-                )
-            )
+            known = truth[:, j]
+            both = np.isfinite(values) & np.isfinite(known)
+            r_here = pearson(values[both, None], known[both, None])[0] if both.sum() > 2 else np.nan
+            measured_title = f"{name} measured{f' (r = {r_here:.2f})' if np.isfinite(r_here) else ''}"
+            label = _LOG_UNIT if were_counts else "as stored"
+            out[i].append(Panel(slide, measured_title, known, label=label, item=i, scale=scales[1]))
     return out
 
 
-def _correlation(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """Return the Pearson correlation over spots with both values; NaN for fewer than 3 spots."""
-    both = np.isfinite(predicted) & np.isfinite(measured)
-    return float(pearson(predicted[both, None], measured[both, None])[0]) if both.sum() > 2 else np.nan
-
-
-def _layer_title(table: AnnData, layer: str | None) -> str:
-    """Return the name in titles of a layer that is not the prediction."""
-    return "adapted" if is_record_of("adapt", table.uns.get(layer)) else layer or layer_label(None)
-
-
-def _table_with(sdata: SpatialData, names: list[str], prediction_key: str) -> str | None:
+def _table_with(sdata: SpatialData, names: list[str], keys: Keys) -> str | None:
     """Return the measured table if it has all names, else the table with all genes of the model if it has them."""
-    keys = Keys(prediction_key)
-    first = predicted_table(sdata, prediction_key)
+    first = predicted_table(sdata, keys.key_added)
     others = [key for key, table in sdata.tables.items() if keys.uns in table.uns and key != first]
-    return next((key for key in (first, *others) if not _unknown(sdata[key], names, keys)), first)
-
-
-def _columns(table: AnnData, names: list[str], keys: Keys) -> np.ndarray:
-    """Return the columns of predicted genes, -1 for other names."""
-    if not is_prediction(table.uns.get(keys.uns)):
-        return np.full(len(names), -1)
-    columns = columns_of(table, names, symbols_of(table, record_of(table, keys.key_added), None))
-    if (columns < 0).all():
-        return columns
-    known = np.append(gene_flags(table, keys.predicted), False)
-    return np.where(known[columns], columns, -1)
+    return next(
+        (k for k in (first, *others) if all(kind for kind, _ in _sources(sdata[k], names, keys).values())), first
+    )
 
 
 def _measured(table: AnnData, genes: list[str], measured: bool | str | None) -> tuple[np.ndarray, bool] | None:

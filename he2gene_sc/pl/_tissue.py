@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._core import validate
-from .._core.elements import check_spatialdata, find_shapes
+from .._core.elements import find_shapes
 from .._core.images import check_image, find_image, pyramid_of, tissue_key_of
 from .._core.mpp import affine, length_scale, stored_mpp
-from .._core.rasters import levels
+from .._core.rasters import levels, shared_systems
 from ._canvas import add_scale_bar, axes_for, draw_image, finish, outlines, panel_pixels, read_region
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ def tissue(
         Spots, for example of :func:`he2gene_sc.pp.grid`. Default: the only circles, or none if there are no circles.
     coordinate_system
         Coordinate system of the plot; default: the only one that all elements share.
-    ax
-        Axes to draw in.
-    figsize, title, save, show, return_fig
+    figsize, title, ax, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -76,7 +74,6 @@ def tissue(
     >>> ax = hg.pl.tissue(sdata)
     """
     validate.arguments(tissue, locals())
-    check_spatialdata(sdata)
     image_key = find_image(sdata, None, image_key)
     tissue_key = tissue_key_of(sdata, image_key, tissue_key)
     elements = {image_key: sdata.images[image_key], tissue_key: sdata.labels[tissue_key]}
@@ -87,12 +84,18 @@ def tissue(
                 f"`shapes_key` {shapes_key!r} is a labels element; shapes are needed, valid: {sorted(sdata.shapes)}"
             )
         elements[shapes_key] = sdata.shapes[shapes_key]
-    system = _shared_system(elements, coordinate_system)
+    shared = shared_systems(*elements.values())
+    default = shared[0] if len(shared) == 1 else "global"
+    system = default if coordinate_system is None else coordinate_system
+    if system not in shared:
+        raise ValueError(
+            f"`coordinate_system` is {coordinate_system!r}; valid (shared by {sorted(elements)}): {sorted(shared)}"
+        )
     pyramid, matrix = pyramid_of(sdata, image_key), affine(elements[image_key], system)
     ends = np.array([[x, y, 1] for x in (0, pyramid.width) for y in (0, pyramid.height)]) @ matrix.T
     (x0, y0), (x1, y1) = ends[:, :2].min(0), ends[:, :2].max(0)
     mpp = stored_mpp(sdata, image_key)
-    (axes,) = axes_for(1, ax, 1, 6.0, figsize=figsize, title=title, save=save, aspect=(y1 - y0) / (x1 - x0))
+    (axes,) = axes_for(1, ax, 1, figsize, title, save, panel=6.0, aspect=(y1 - y0) / (x1 - x0))
     factor = check_image(pyramid, image_key)
     draw_image(axes, *read_region(pyramid, factor, matrix, (x0, y0, x1, y1), panel_pixels(axes)))
     share = _draw_mask(axes, elements[tissue_key], system)
@@ -122,16 +125,3 @@ def _draw_mask(ax: Axes, labels: Any, system: str) -> float:
     rgba[reduced & ~binary_erosion(reduced, iterations=max(1, max(reduced.shape) // 500))] = to_rgba(_MASK)
     draw_image(ax, rgba, affine(labels, system) @ np.diag([step, step, 1]))
     return float(mask.mean())
-
-
-def _shared_system(elements: dict[str, Any], coordinate_system: str | None) -> str:
-    from spatialdata.transformations import get_transformation
-
-    shared = set.intersection(*(set(get_transformation(element, get_all=True)) for element in elements.values()))
-    default = min(shared) if len(shared) == 1 else "global"
-    system = default if coordinate_system is None else coordinate_system
-    if system not in shared:
-        raise ValueError(
-            f"`coordinate_system` is {coordinate_system!r}; valid (shared by {sorted(elements)}): {sorted(shared)}"
-        )
-    return system
