@@ -201,6 +201,7 @@ def predict(
     check_options("predict", options)
     keys = Keys(key_added, layer)
     model = load(model)
+    how = Encoding.checked(model, device, show_progress_bar, exact, options)
     places = {
         "image_key": image_key,
         "shapes_key": shapes_key,
@@ -220,8 +221,8 @@ def predict(
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
     kept = find_features(features, table)
-    stored = kept.record if isinstance(kept, KeptFeatures) else None
-    how = Encoding.checked(model, device, show_progress_bar, exact, options, stored)
+    if isinstance(kept, KeptFeatures):
+        how = Encoding.checked(model, device, show_progress_bar, exact, options, kept.record)
     new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
     shape = table.shape if table is not None and new_table is None else new_shape
     lazy = is_large(*shape)
