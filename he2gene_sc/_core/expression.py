@@ -13,7 +13,7 @@ import scipy.sparse
 from ..stats import TARGET_SUM
 from . import validate
 from .logs import warn
-from .matrix import blocks_of, dense, layer_label, matrix_of
+from .matrix import blocks_of, dense, in_memory, layer_label, layer_names, matrix_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -267,3 +267,17 @@ def check_scale(
             f"changes and spread are on another scale than predictions. Normalise the counts again: {_NORMALISE_CALL}"
         )
     return kind
+
+
+def raw_counts(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
+    """Return a layer in memory, for training; raise unless it holds raw counts."""
+    matrix = matrix_of(table, layer)
+    problem = summarize_values(matrix).problem
+    if problem:
+        raw = [name for name in layer_names(table) if not summarize_values(matrix_of(table, name)).problem]
+        hint = f"layer {raw[0]!r} does:" if raw else "put raw counts into a layer and"
+        raise ValueError(
+            f"`layer`: {layer_label(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
+            f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
+        )
+    return scipy.sparse.csr_array(in_memory(matrix))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from ..models._gene_table import is_gene_name
 from . import validate
 from .logs import logger
 from .validate import format_list, suggest
@@ -206,3 +208,46 @@ def match_names(
     found = _match_previous_symbols(names, symbols, known, one_to_one)
     more = np.flatnonzero((found >= 0) & (known < 0))
     return found, {names[i]: str(symbols[found[i]]) for i in more}
+
+
+def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
+    """Return the names of the genes of a table for training: symbols if known, without duplicates.
+
+    Names missing in the column ``gene_symbols`` come from the index; ``symbols`` maps Ensembl ids to symbols.
+    """
+    check_not_probes(table)
+    given = symbols_in(table, gene_symbols)
+    absent = given == ""
+    if absent.any():
+        if gene_symbols is None:
+            raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
+        logger.warning(
+            "%d of %d genes have no name in var[%r]; their names in var_names are used",
+            absent.sum(),
+            len(given),
+            gene_symbols,
+        )
+        given = given.where(~absent, table.var_names.astype(str))
+    names = current_names(given, symbols)
+    if wrong := [name for name in names if not is_gene_name(name)]:
+        raise ValueError(
+            f"`sdatas`: names of genes {wrong[:5]} in var are empty or have control characters; rename or drop them"
+        )
+    if names.has_duplicates:
+        duplicates = list(names[names.duplicated()].unique()[:5])
+        raise ValueError(
+            f"`sdatas`: genes {duplicates} occur more than once in var, as {list(given[names.isin(duplicates)])}; sum or drop them "
+            "(`adata.var_names_make_unique()` would turn them into other genes)"
+        )
+    return names
+
+
+def current_names(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
+    """Return the symbols of gene names; some names may be Ensembl ids, with or without a version."""
+    names = pd.Index(list(given), dtype=object).astype(str).str.strip()
+    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
+    bare = names.str.replace(r"\.\d+$", "", regex=True)
+    # Interned: one copy of each name for all sections.
+    return pd.Index(
+        [sys.intern(str(symbols.get(b, b) if e else n)) for n, b, e in zip(names, bare, ensembl, strict=True)]
+    )

@@ -198,3 +198,28 @@ def check_text_names(table: AnnData) -> AnnData:
         if pd.api.types.is_numeric_dtype(getattr(table, axis)):
             raise ValueError(f"`data`: {axis} are numbers; run table.{axis} = table.{axis}.astype(str)")
     return table
+
+
+def section_and_patient(
+    table: AnnData, rows: np.ndarray, shapes_key: str, section_key: str, sample_key: str
+) -> tuple[str, str]:
+    """Return section and patient of the spots of an element; raise unless there is exactly one of each."""
+    found = []
+    for parameter, key, clean in (
+        ("section_key", section_key, clean_names),
+        ("sample_key", sample_key, clean_samples),
+    ):
+        names = clean(table.obs[key].iloc[rows])
+        values = set(names)
+        if None in values:
+            first = table.obs_names[rows[pd.isna(names)]][:3].tolist()
+            raise ValueError(
+                f"`{parameter}`: values of {key!r} are missing for spots of {shapes_key!r}, for example {first}"
+            )
+        found.append(sorted(values))
+    if any(len(values) != 1 for values in found):
+        raise ValueError(
+            f"`section_key`, `sample_key`: the spots of {shapes_key!r} must be of one section of one patient, found "
+            f"sections {found[0][:5]} and patients {found[1][:5]}"
+        )
+    return found[0][0], found[1][0]

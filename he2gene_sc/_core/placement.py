@@ -1,13 +1,14 @@
-"""Check that spots lie inside the image, on pixels that are not blank, and are not mirrored."""
+"""Check that windows fit into the image, that spots lie inside it, on pixels that are not blank, and are not mirrored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..image import MIN_TISSUE
+from ..image._geometry import MIN_PX
 from ..stats import pitch_of
 from .images import darkness_at
 from .logs import warn
@@ -40,6 +41,21 @@ _SHIFTS, _OVERVIEW_PX, _MAX_LEVEL_PX = np.linspace(-0.3, 0.3, 25), 400_000, 10**
 
 _AS_IS = "nothing were changed"
 _SWAP = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, 1]])
+
+
+def check_windows(slide: Slide, windows_um: Sequence[float]) -> None:
+    """Raise if a window has too few pixels, or does not fit into the image."""
+    smallest = min(windows_um)
+    pixels = smallest / slide.mpp
+    shortest = min(slide.pyramid.height, slide.pyramid.width)
+    if not MIN_PX <= pixels <= shortest / 2:
+        least, most = 2 * smallest / shortest, smallest / MIN_PX
+        cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
+        raise ValueError(
+            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}the smallest window ({smallest:g} µm) would be "
+            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; valid are {MIN_PX} to {shortest // 2} px, "
+            f"that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of higher resolution, or check `mpp`"
+        )
 
 
 def check_placement(sdata: SpatialData, slide: Slide) -> None:

@@ -13,7 +13,7 @@ from .keys import OWN_TABLE, Keys
 from .logs import warn
 from .matrix import layer_names, matrix_of
 from .names import check_text_names
-from .ownership import is_prediction, is_record_of, unchanged_keys
+from .ownership import is_prediction, is_record_of, recorded_keys, unchanged_keys
 from .signatures import digest_of, row_digests
 
 if TYPE_CHECKING:
@@ -235,3 +235,31 @@ def predicting_model(record: Any, model: str | Path | HE2Gene | None) -> HE2Gene
             f"made by {name!r} with {str(sha256)[:12] or 'weights that were never saved'}; pass that model, or predict again"
         )
     return found
+
+
+def find_features(features: Any, table: AnnData | None) -> tuple[AnnData, str, Mapping[str, Any]] | Path | None:
+    """Return table, key in ``obsm`` and record of features that embed wrote, or the folder that ``features`` names."""
+    if features is None:
+        return None
+    path = validate.folder_or_file(features, "features")
+    if isinstance(features, str) and table is not None and features in table.obsm:
+        for key, record in table.uns.items():
+            if is_record_of("embed", record) and features in recorded_keys(key, record).get("obsm", []):
+                if features not in unchanged_keys(table, key, record).get("obsm", []):
+                    raise ValueError(
+                        f"`features`: obsm[{features!r}] was changed since hg.tl.embed wrote it; compute it again: "
+                        f"hg.tl.embed(sdata, model=..., key_added={key!r})"
+                    )
+                return table, features, record
+        raise ValueError(
+            f"`features`: obsm[{features!r}] was not written by hg.tl.embed, or its record in uns is missing; compute features: "
+            "hg.tl.embed(sdata, model=...)"
+        )
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"`features` {str(features)!r} is a file; a folder or a key of obsm is needed")
+    if isinstance(features, str) and len(path.parts) == 1 and not path.exists() and not features.startswith((".", "~")):
+        raise ValueError(
+            f"`features` {features!r} is neither a key of obsm nor an existing folder; for a new folder pass "
+            f"features='./{features}', for a key run hg.tl.embed(sdata, model=...) first"
+        )
+    return path

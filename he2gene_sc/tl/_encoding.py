@@ -11,11 +11,9 @@ import numpy as np
 
 from .._core import validate
 from .._core.logs import logger
-from .._core.ownership import is_record_of, recorded_keys, unchanged_keys
-from .._core.placement import check_placement
+from .._core.placement import check_placement, check_windows
 from .._core.slide import Slide, resolve
 from .._settings import settings
-from ..image._geometry import MIN_PX
 
 if TYPE_CHECKING:
     import torch
@@ -121,24 +119,9 @@ def find_slides(sdata: SpatialData, model: HE2Gene, **keys: Any) -> tuple[Slide,
     """Find the slides, and check that the model can read them; ``keys`` are those of :func:`resolve`."""
     slides = resolve(sdata, **keys)
     for slide in slides:
-        _check_windows(slide, model)
+        check_windows(slide, model.card.windows_um)
         check_placement(sdata, slide)
     return slides
-
-
-def _check_windows(slide: Slide, model: HE2Gene) -> None:
-    """Raise if a window has too few pixels, or does not fit into the image."""
-    smallest = min(model.card.windows_um)
-    pixels = smallest / slide.mpp
-    shortest = min(slide.pyramid.height, slide.pyramid.width)
-    if not MIN_PX <= pixels <= shortest / 2:
-        least, most = 2 * smallest / shortest, smallest / MIN_PX
-        cause = f"image {slide.image_key!r} is too coarse; " if pixels < MIN_PX else ""
-        raise ValueError(
-            f"`mpp` is {slide.mpp:.4g} ({slide.mpp_source}): {cause}the smallest window ({smallest:g} µm) would be "
-            f"{pixels:.3g} px on an image of {slide.pyramid.width} × {slide.pyramid.height}; valid are {MIN_PX} to {shortest // 2} px, "
-            f"that is an `mpp` of {least:.3g} to {most:.3g}. Use an image of higher resolution, or check `mpp`"
-        )
 
 
 def parts_of(slide: Slide, model: HE2Gene, how: Encoding) -> tuple[Part, ...]:
@@ -247,31 +230,3 @@ class KeptFeatures:
     @property
     def _remedy(self) -> str:
         return f"Compute them again: hg.tl.embed(sdata, model=..., key_added={self.key.removeprefix('X_')!r})"
-
-
-def find_features(features: Any, table: AnnData | None) -> KeptFeatures | Path | None:
-    """Return the features in ``obsm`` or the folder that ``features`` names."""
-    if features is None:
-        return None
-    path = validate.folder_or_file(features, "features")
-    if isinstance(features, str) and table is not None and features in table.obsm:
-        for key, record in table.uns.items():
-            if is_record_of("embed", record) and features in recorded_keys(key, record).get("obsm", []):
-                if features not in unchanged_keys(table, key, record).get("obsm", []):
-                    raise ValueError(
-                        f"`features`: obsm[{features!r}] was changed since hg.tl.embed wrote it; compute it again: "
-                        f"hg.tl.embed(sdata, model=..., key_added={key!r})"
-                    )
-                return KeptFeatures(table, features, record)
-        raise ValueError(
-            f"`features`: obsm[{features!r}] was not written by hg.tl.embed, or its record in uns is missing; compute features: "
-            "hg.tl.embed(sdata, model=...)"
-        )
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"`features` {str(features)!r} is a file; a folder or a key of obsm is needed")
-    if isinstance(features, str) and len(path.parts) == 1 and not path.exists() and not features.startswith((".", "~")):
-        raise ValueError(
-            f"`features` {features!r} is neither a key of obsm nor an existing folder; for a new folder pass "
-            f"features='./{features}', for a key run hg.tl.embed(sdata, model=...) first"
-        )
-    return path

@@ -13,8 +13,8 @@ from .._core.keys import PATIENT, SECTION
 from .._core.labelled import labelled_spots, measured_part
 from .._core.matrix import layer_label
 from .._core.predictions import bundled_model, record_of_layer, source_layer
+from .._core.provenance import known_training_sections
 from .._core.spots import SpotData, read_spots
-from ._known import known_training_sections
 
 if TYPE_CHECKING:
     from anndata import AnnData

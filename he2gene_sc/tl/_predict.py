@@ -18,7 +18,8 @@ from .._core.lazy import is_large
 from .._core.logs import logger
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
-from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, gene_flags, head_digest, summary_of
+from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, find_features, gene_flags, head_digest, summary_of
+from .._core.provenance import training_sections
 from .._core.slide import Slide
 from ..image import MIN_TISSUE
 from ._encoding import (
@@ -27,12 +28,10 @@ from ._encoding import (
     KeptFeatures,
     check_options,
     encode_slide,
-    find_features,
     find_slides,
     is_interpolated,
     parts_of,
 )
-from ._known import training_sections
 
 if TYPE_CHECKING:
     import torch
@@ -220,7 +219,8 @@ def predict(
     new_table = None if table is not None and not wanted.all_genes else (key_added if table is not None else TABLE)
     if new_table is not None:
         check_new_table(sdata, new_table, slides, wanted, model, keys)
-    kept = find_features(features, table)
+    found = find_features(features, table)
+    kept = KeptFeatures(*found) if isinstance(found, tuple) else found
     if isinstance(kept, KeptFeatures):
         how = Encoding.checked(model, device, show_progress_bar, exact, options, kept.record)
     new_shape = (sum(len(slide.spot_ids) for slide in slides), len(wanted.positions))
@@ -241,6 +241,8 @@ def predict(
     known: dict[str, Any] = {}
     if any(sections) or known_patient is not None:
         known["known_patient"] = any(sections) if known_patient is None else known_patient
+    regions = _regions(slides, predictions, sections, known)
+    _warn_of_slides(slides, predictions, keys, bool(known_patient) and "known" in (model.card.guard or {}))
     record = {
         "model": model.name,
         "model_version": model.card.version,
@@ -252,7 +254,7 @@ def predict(
         "device": how.device.type,
         **how.facts(model, dense),
         **_describe(slides, [level for level, _, _ in results]),
-        **pool_regions(_regions(slides, predictions, sections, known)),
+        **pool_regions(regions),
         **({} if gene_symbols is None else {"gene_symbols": gene_symbols}),
         **({} if genes is None else {"genes": genes if isinstance(genes, str) else [str(gene) for gene in genes]}),
         **({"exact": True} if exact else {}),
@@ -263,7 +265,6 @@ def predict(
         **({"n_genes_renamed": len(wanted.renamed)} if wanted.renamed else {}),
         "versions": {name: version(name) for name in ("he2gene_sc", "torch", "timm", "spatialdata", "anndata")},
     }
-    _warn_of_slides(slides, predictions, keys, bool(known_patient) and "known" in (model.card.guard or {}))
     for slide, result in zip(slides, predictions, strict=True):
         check_on_tissue(sdata, slide, result.tissue)
     stacked = StackedPredictions.collect(slides, predictions, model, wanted=wanted, keys=keys, record=record, lazy=lazy)

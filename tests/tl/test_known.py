@@ -15,12 +15,12 @@ from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
 from he2gene_sc._core.predictions import summary_of
+from he2gene_sc._core.provenance import image_facts
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.cohort._job import _same_patient
 from he2gene_sc.image import Level, Pyramid, pixels_sha256
 from he2gene_sc.models import ModelCard
 from he2gene_sc.tl import _known
-from he2gene_sc.tl._known import image_facts
 from tests.helpers.objects import two_regions
 
 RELIABLE, OF_KNOWN = "he2gene_reliable", "he2gene_reliable_known_patient"

@@ -16,10 +16,10 @@ from spatialdata.models import TableModel
 
 import he2gene_sc as hg
 from he2gene_sc import training
+from he2gene_sc._core.provenance import image_facts
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.models import load
 from he2gene_sc.stats import log_normalise, pearson
-from he2gene_sc.tl._known import image_facts
 from he2gene_sc.tl._train import fit as _fit
 from he2gene_sc.training._closed_form import validate as _validate
 from tests.helpers.pictures import read_all

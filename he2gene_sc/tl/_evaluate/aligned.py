@@ -20,9 +20,9 @@ from ..._core.keys import OWN_TABLE, PATIENT, SECTION, Keys
 from ..._core.matrix import take, values_of
 from ..._core.names import annotation_target, column_of, names_of
 from ..._core.predictions import symbols_of
+from ..._core.provenance import known_training_sections
 from ..._core.spots import has_samples, sections_of, spots_of, unique_section_names
 from ...stats import neighbour_weights, pitch_of
-from .._known import known_training_sections
 from .layer import EvaluatedLayer, find_layer, genes_in_common, other_layer, training_facts
 
 if TYPE_CHECKING:

@@ -12,19 +12,18 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from ..._core.expression import summarize_values
+from ..._core.expression import raw_counts
+from ..._core.genes import gene_names
 from ..._core.hints import use_mpp_hint
 from ..._core.logs import logger
-from ..._core.matrix import in_memory, layer_label, layer_names, matrix_of
-from ..._core.names import clean_names, clean_samples, column_of
+from ..._core.names import clean_names, column_of, section_and_patient
 from ..._core.placement import check_placement
+from ..._core.provenance import image_facts
 from ..._core.slide import Slide, resolve
-from .._known import image_facts
-from .names import check_gene_lists, code_classes, common_names, gene_names
+from .names import check_gene_lists, code_classes, common_names
 from .options import Classes, GeneSelection, TrainingKeys
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from spatialdata import SpatialData
 
     from ...training import Section
@@ -82,7 +81,7 @@ def read_sections(
         if key is not None:
             column_of(table, key, parameter, _COLUMN_HINTS[parameter])
     genes = gene_names(table, keys.elements.gene_symbols, symbols)
-    matrix = _matrix(table, keys.elements.layer)
+    matrix = raw_counts(table, keys.elements.layer)
     for slide in slides:
         if not checked:
             check_placement(sdata, slide)
@@ -93,7 +92,7 @@ def read_sections(
             raise ValueError(f"`sdatas`: no spot of {slide.shapes_key!r} lies in the image and has counts")
         counts = counts[counted]
         counts.sum_duplicates()
-        name, patient = _section_and_patient(table, rows, slide, keys)
+        name, patient = section_and_patient(table, rows, slide.shapes_key, keys.section, keys.sample)
         labels, n_converted = np.full(len(rows), None, object), 0
         if keys.annotation is not None:
             given = table.obs[keys.annotation].iloc[rows]
@@ -109,42 +108,6 @@ def read_sections(
         centres = slide.centres[slide.inside][counted]
         image = image_facts(slide, centres) if pixels else None
         yield MeasuredSection(name, patient, slide.mpp, slide, centres, genes, counts, labels, image)
-
-
-def _section_and_patient(table: AnnData, rows: np.ndarray, slide: Slide, keys: TrainingKeys) -> tuple[str, str]:
-    """Section and patient of the spots; raise unless there is exactly one of each."""
-    found = []
-    for parameter, key, clean in (
-        ("section_key", keys.section, clean_names),
-        ("sample_key", keys.sample, clean_samples),
-    ):
-        names = clean(table.obs[key].iloc[rows])
-        values = set(names)
-        if None in values:
-            first = table.obs_names[rows[pd.isna(names)]][:3].tolist()
-            raise ValueError(
-                f"`{parameter}`: values of {key!r} are missing for spots of {slide.shapes_key!r}, for example {first}"
-            )
-        found.append(sorted(values))
-    if any(len(values) != 1 for values in found):
-        raise ValueError(
-            f"`section_key`, `sample_key`: the spots of {slide.shapes_key!r} must be of one section of one patient, found "
-            f"sections {found[0][:5]} and patients {found[1][:5]}"
-        )
-    return found[0][0], found[1][0]
-
-
-def _matrix(table: AnnData, layer: str | None) -> scipy.sparse.csr_array:
-    matrix = matrix_of(table, layer)
-    problem = summarize_values(matrix).problem
-    if problem:
-        raw = [name for name in layer_names(table) if not summarize_values(matrix_of(table, name)).problem]
-        hint = f"layer {raw[0]!r} does:" if raw else "put raw counts into a layer and"
-        raise ValueError(
-            f"`layer`: {layer_label(layer)} does not hold raw counts (whole numbers from 0) but {problem}; {hint} pass "
-            f"keys=hg.SectionKeys(layer={repr(raw[0]) if raw else '...'})"
-        )
-    return scipy.sparse.csr_array(in_memory(matrix))
 
 
 def join(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
@@ -11,63 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..._core.genes import check_not_probes, current_symbols, find_genes, symbols_in
+from ..._core.genes import current_symbols, find_genes
 from ..._core.logs import logger
 from ..._core.validate import format_list
-from ...models._gene_table import is_gene_name
 from ...models._schema import check_class_names
 
 if TYPE_CHECKING:
-    from anndata import AnnData
-
     from .options import Classes, GeneSelection
 
 #: Least share of the shorter of two gene lists that sections must have in common.
 _MIN_SHARED = 0.1
 _MIN_GENES = 10
-
-
-def gene_names(table: AnnData, gene_symbols: str | None, symbols: Mapping[str, str]) -> pd.Index:
-    """Names of the genes of a table: symbols if known, without duplicates.
-
-    Names missing in the column ``gene_symbols`` come from the index; ``symbols`` maps Ensembl ids to symbols.
-    """
-    check_not_probes(table)
-    given = symbols_in(table, gene_symbols)
-    absent = given == ""
-    if absent.any():
-        if gene_symbols is None:
-            raise ValueError(f"`sdatas`: {absent.sum()} genes have no name in var_names; name or drop them")
-        logger.warning(
-            "%d of %d genes have no name in var[%r]; their names in var_names are used",
-            absent.sum(),
-            len(given),
-            gene_symbols,
-        )
-        given = given.where(~absent, table.var_names.astype(str))
-    names = current_names(given, symbols)
-    if wrong := [name for name in names if not is_gene_name(name)]:
-        raise ValueError(
-            f"`sdatas`: names of genes {wrong[:5]} in var are empty or have control characters; rename or drop them"
-        )
-    if names.has_duplicates:
-        duplicates = list(names[names.duplicated()].unique()[:5])
-        raise ValueError(
-            f"`sdatas`: genes {duplicates} occur more than once in var, as {list(given[names.isin(duplicates)])}; sum or drop them "
-            "(`adata.var_names_make_unique()` would turn them into other genes)"
-        )
-    return names
-
-
-def current_names(given: Iterable[str], symbols: Mapping[str, str]) -> pd.Index:
-    """Symbols of gene names; some names may be Ensembl ids, with or without a version."""
-    names = pd.Index(list(given), dtype=object).astype(str).str.strip()
-    ensembl = names.str.match(r"ENSG\d+(\.\d+)?$")
-    bare = names.str.replace(r"\.\d+$", "", regex=True)
-    # Interned: one copy of each name for all sections.
-    return pd.Index(
-        [sys.intern(str(symbols.get(b, b) if e else n)) for n, b, e in zip(names, bare, ensembl, strict=True)]
-    )
 
 
 def common_names(lists: Mapping[str, pd.Index]) -> dict[str, str]:

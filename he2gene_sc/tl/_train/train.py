@@ -17,7 +17,7 @@ from ..._core.logs import logger
 from ..._core.names import check_spelling
 from ..._settings import settings
 from .measured import MIN_SPOTS, MeasuredSection, read_sections
-from .names import check_gene_lists, check_labels, check_merged, current_names
+from .names import check_gene_lists, check_labels, check_merged
 from .options import (
     MIN_SPOT_SHARE,
     PRESETS,
@@ -135,7 +135,7 @@ def train(
     >>> hg.tl.predict(sections[0], model=model, show_progress_bar=False)
     """
     validate.arguments(train, locals())
-    from ..._core.genes import symbol_to_ensembl
+    from ..._core.genes import current_names, symbol_to_ensembl
     from ...inference import resolve_device
     from ...models import load_encoder
     from ...models._encoders.local import local_path
