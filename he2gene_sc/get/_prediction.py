@@ -158,10 +158,10 @@ def expression(
             table_symbols = symbols_in(table, symbols)
             model_genes = [str(table_symbols[columns[i]]) if columns[i] >= 0 else names[i] for i in missing]
             source = predicting_model(record, model)
-            head = (
-                source.tensors[f"genes.{part}"][..., positions_of(source, model_genes)] for part in ("weight", "bias")
+            positions = positions_of(source, model_genes)
+            weights, bias = (
+                np.asarray(source.tensors[f"genes.{part}"][..., positions], np.float32) for part in ("weight", "bias")
             )
-            weights, bias = (np.asarray(tensor, np.float32) for tensor in head)
             computed = np.maximum(embedding_of(table, prediction_key) @ weights + bias, 0)
             values[:, missing] = np.where(np.isnan(values[:, missing]), computed, values[:, missing])
     return pd.DataFrame(values, index=table.obs_names, columns=names)
@@ -268,10 +268,10 @@ def predicted(
         # Tells scanpy that the values are natural logarithms already. Versions of anndata before 0.12 read no `None`.
         uns["log1p"] = {"base": np.e}
         uns[OWN_TABLE] = {"by": "hg.get.predicted", "X": source}
+    obsm = {name: table.obsm[name] for name in ("spatial", keys.embedding, keys.proba) if name in table.obsm}
     obsm = {
-        name: _with_plain_texts(value.iloc[rows] if hasattr(value := table.obsm[name], "iloc") else value[rows])
-        for name in ("spatial", keys.embedding, keys.proba)
-        if name in table.obsm
+        name: _with_plain_texts(value.iloc[rows]) if hasattr(value, "iloc") else value[rows]
+        for name, value in obsm.items()
     }
     if (attrs := annotation_target(table)) is not None:
         # Regions whose spots are all dropped are not annotated.

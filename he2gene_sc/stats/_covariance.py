@@ -132,9 +132,8 @@ class _Distances:
             mean[block] = parts.weight[own] @ parts.mean(distance)
             square[block] = parts.weight[own] @ parts.mean(np.square(distance))
         spread = np.sqrt(np.maximum(square - np.square(mean), 0))
-        self.nodes = np.stack([mean - spread, mean + spread] if len(xy) > m else [mean])
-        near = np.triu((spread > _FAR * mean) & ~parts.other_section, 1) if len(xy) > m else np.zeros((m, m), bool)
-        self.near = i, j = np.nonzero(near)
+        self.nodes = [mean - spread, mean + spread] if spread.any() else [mean]
+        self.near = i, j = np.nonzero(np.triu((spread > _FAR * mean) & ~parts.other_section, 1))
         pairs = parts.counts[i] * parts.counts[j]
         self.near_starts = (np.cumsum(pairs) - pairs).astype(int)
         index = np.arange(pairs.sum()) - np.repeat(self.near_starts, pairs)

@@ -17,10 +17,9 @@ _MIN_SD = 1e-6
 
 
 class Moments:
-    """Statistics of all genes in the basis of blocks; pairs are for the group and for the other spots."""
+    """Statistics of values ``(n, g)`` in the basis of blocks; pairs are for the group and for the other spots."""
 
     def __init__(self, values: np.ndarray, group: np.ndarray, blocks: Blocks, design: Design) -> None:
-        """Compute the statistics of values ``(n, g)``."""
         n, g = values.shape
         label, sections, masks = design.label, design.sections, (group, ~group)
         in_blocks = blocks.project(np.column_stack([sections / np.sqrt(sections.sum(0)), label]))
@@ -41,7 +40,7 @@ class Moments:
         self.complement = np.hstack(parts)  # (m, q), columns of the group first
         self.n_contrasts = np.array([part.shape[1] for part in parts])
         self.n_inside = np.stack(masks).sum(1) - self.sides.sum(1)
-        self.n_free = n - sum(basis.shape[1] for basis in design.bases)  # residual degrees of freedom of the spots
+        self.n_free = design.n_free
         self.effect = np.empty(g)
         self.scale = np.empty(g)  # residual variance for independent spots; NaN for a constant gene
         #: (q, g) residuals in the complement of section × group means, in units of `scale`
@@ -68,13 +67,12 @@ class Moments:
 
 
 class Design:
-    """Label, sections and covariates of the spots.
+    """Group ``(n,)`` bool, section codes ``(n,)`` and covariates ``(n, c)`` of the spots.
 
     The effect is estimated by least squares with common slopes. Residuals, which give the covariance, have slopes by group.
     """
 
     def __init__(self, group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | None = None) -> None:
-        """Make the design of a group ``(n,)`` bool and section codes ``(n,)``."""
         n = len(group)
         covariates = np.empty((n, 0)) if covariates is None else _standardise(np.asarray(covariates, np.float64))
         self.sections = sections = (codes[:, None] == np.unique(codes)).astype(float)  # (n, s)
@@ -89,6 +87,7 @@ class Design:
             cells = cells[:, cells.any(0)]
             inside = (covariates - _means(covariates, cells)) * side[:, None]
             self.bases.append(np.hstack([cells / np.sqrt(cells.sum(0)), _basis(inside)]))
+        self.n_free = n - sum(basis.shape[1] for basis in self.bases)  # residual degrees of freedom of the spots
 
     def fit(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Effects ``(g,)`` and residuals ``(n, g)``."""
@@ -122,8 +121,6 @@ def _standardise(values: np.ndarray) -> np.ndarray:
 
 def _basis(values: np.ndarray) -> np.ndarray:
     """Orthonormal basis of standardised columns, without columns that hardly vary or depend on other columns."""
-    if not values.shape[1]:
-        return values
     left, sizes, _ = np.linalg.svd(values, full_matrices=False)
     return left[:, sizes > _MIN_SD * np.sqrt(len(values))]
 

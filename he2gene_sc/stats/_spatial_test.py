@@ -137,15 +137,16 @@ def _make_design(group: np.ndarray, codes: np.ndarray, covariates: np.ndarray | 
         np.ndim(covariates) != 2 or len(covariates) != n or not np.isfinite(covariates).all()
     ):
         raise ValueError(f"`covariates` must be ({n}, c) finite numbers, found shape {np.shape(covariates)}")
-    design, plain = Design(group, codes, covariates), Design(group, codes).label
-    if design.label @ design.label < 1e-6 * (plain @ plain):
+    design, plain = Design(group, codes, covariates), Design(group, codes)
+    for parameter, found, hint in (("sections", plain, ""), ("covariates", design, "; leave some out")):
+        if found.n_free < 3:
+            raise ValueError(
+                f"`{parameter}`: {n} spots in {n - plain.n_free} groups of a section leave {found.n_free} degrees of freedom, at least "
+                f"3 are needed{hint}"
+            )
+    if design.label @ design.label < 1e-6 * (plain.label @ plain.label):
         raise ValueError(
             "`covariates` (or the depth of the spots) separate the group from the reference completely; leave them out (depth=None)"
-        )
-    n_free = n - sum(basis.shape[1] for basis in design.bases)
-    if n_free < 3:
-        raise ValueError(
-            f"`covariates`: {n} spots leave {n_free} degrees of freedom, at least 3 are needed; leave some out"
         )
     return design
 
@@ -176,11 +177,6 @@ def _check_arguments(
     if not any(0 < group[codes == code].sum() < (codes == code).sum() for code in np.unique(codes)):
         raise ValueError(
             "`sections`: no section has spots of both the group and the reference; at least one such section is needed"
-        )
-    cells = len(np.unique(codes * 2 + group))
-    if n - cells < 3:
-        raise ValueError(
-            f"`sections`: {n} spots in {cells} groups of a section leave {n - cells} degrees of freedom, at least 3 are needed"
         )
     if len(np.unique(np.column_stack([codes, xy]), axis=0)) < n:
         raise ValueError("`xy` has spots of one section at the same position; each position may occur once")
