@@ -122,7 +122,7 @@ def compare(sdata: SpatialData, model: HE2Gene) -> tuple[pd.DataFrame, pd.DataFr
     names = table.var_names[predicted]
     measured = log_normalise(table.X)[:, predicted]
     layer = np.asarray(table.layers["he2gene"])[:, predicted]
-    seen = ~np.isnan(layer).any(1)
+    seen = np.asarray(~np.isnan(layer).any(1))
     genes = pd.DataFrame({"gene": names, "mean": measured.mean(0)}, index=names)
     genes["pearson"] = pearson(layer[seen], measured[seen])
     genes["ceiling"] = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]

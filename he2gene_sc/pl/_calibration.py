@@ -106,7 +106,11 @@ def calibration(
     from ..tl._evaluate.aligned import AlignOptions, align_expression, class_probabilities
 
     check_by(by)
-    levels = _check_coverages(coverages)
+    if not np.iterable(coverages):
+        raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]")
+    levels = np.array([validate.in_range(coverage, "coverages", above=0, below=1) for coverage in coverages], float)
+    if not len(levels):
+        raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)
         check_calibrated(calibration, table, indexable_matrix(table, layer), layer, model)
@@ -147,16 +151,6 @@ def calibration(
         proba, codes, _ = class_probabilities(aligned, annotation_key, table, keys)
         _draw_reliability(axes[1], proba.to_numpy(float), codes)
     return finish(axes, save, title, show, return_fig)
-
-
-def _check_coverages(coverages: Any) -> np.ndarray:
-    try:
-        coverages = list(coverages)
-    except TypeError:
-        raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]") from None
-    if not coverages:
-        raise ValueError("`coverages` is empty; at least one is needed, such as [0.5, 0.9]")
-    return np.array([validate.in_range(coverage, "coverages", above=0, below=1) for coverage in coverages], float)
 
 
 def _coverage(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> np.ndarray:

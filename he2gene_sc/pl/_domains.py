@@ -111,13 +111,13 @@ def _spots(table: AnnData, record: Mapping, section: str | None) -> tuple[str, n
     scored = [name for name in record["table"]["section"].unique() if name != "all"]
     if section is None:
         validate.not_ambiguous(scored, "section")
-        section = scored[0]
-    if section not in scored:
-        raise ValueError(f"`section` {section!r} was not scored, valid: {scored}")
+    chosen: str = scored[0] if section is None else section
+    if chosen not in scored:
+        raise ValueError(f"`section` {chosen!r} was not scored, valid: {scored}")
     params = record["params"]
     samples = samples_of(table, params.get("sample_key", PATIENT))
     names = unique_section_names(sections_of(table, params.get("section_key", SECTION)), samples)
-    return section, np.flatnonzero(names == section)
+    return chosen, np.flatnonzero(names == chosen)
 
 
 def _canvas(data: Any, table: AnnData, spots: np.ndarray, record: Mapping, image: bool) -> Canvas:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _COLOURS = {True: "#1f77b4", False: "#b0b0b0"}
 _NEW_PATIENT = "#9467bd"
+#: Units of the interval in the legend, by their name in the rule for reliable genes on the card.
+_UNITS = {"patients": "patients", "sections": "sections of known patients"}
 #: Maximum number of labels that fit.
 _MAX_LABELS = 40
 #: Maximum number of labelled genes with intervals; more would hide the plot.
@@ -96,7 +98,9 @@ def predictability(
     validate.arguments(predictability, locals())
     if key is None:
         table, rule = _model_genes(model, prediction_key, table_key, gene_symbols)
-        band_label, y_label = f"95 % interval over {_unit(rule)}", "held-out Pearson correlation"
+        unit = re.search(r"t over the (\d+) (patients|sections), held out", rule)
+        over = f"{unit[1]} held-out {_UNITS[unit[2]]}" if unit else "what was held out"
+        band_label, y_label = f"95 % interval over {over}", "held-out Pearson correlation"
     else:
         table, band_label, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
     if table["pcc"].isna().all():
@@ -177,14 +181,6 @@ def _running(values: pd.Series) -> tuple[np.ndarray, list[float]]:
     """Return ranks, evenly spaced on the axis, and the running medians at them."""
     ranks = np.unique(np.geomspace(1, len(values), 200).round().astype(int))
     return ranks, [values.iloc[int(np.ceil(r / _WINDOW)) - 1 : int(r * _WINDOW)].median() for r in ranks]
-
-
-def _unit(rule: str) -> str:
-    """Return the units of the interval, as stated in the rule for reliable genes on the card."""
-    match = re.search(r"t over the (\d+) (patients|sections), held out", rule)
-    if match is None:
-        return "what was held out"
-    return f"{match[1]} held-out " + ("patients" if match[2] == "patients" else "sections of known patients")
 
 
 def _model_genes(
