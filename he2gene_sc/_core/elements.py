@@ -21,6 +21,32 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from spatialdata import SpatialData
 
+    from ..image import Pyramid
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """One image with its spots."""
+
+    image_key: str
+    shapes_key: str
+    table_key: str | None
+    coordinate_system: str
+    pyramid: Pyramid
+    pixel_factor: float  # scales pixels to 0..255
+    mpp: float
+    mpp_source: str
+    spot_ids: pd.Index  # index of the shapes or values of the labels, in the order of the table's rows
+    rows: np.ndarray  # rows of the spots in the table, or in the element without a table
+    centres: np.ndarray  # (n, 2), pixels of level 0
+    inside: np.ndarray  # whether the centre lies inside the image
+    diameter_um: float  # median over spots
+
+    @property
+    def diameter_px(self) -> float:
+        """Diameter in pixels of level 0."""
+        return self.diameter_um / self.mpp
+
 
 @dataclass(frozen=True, eq=False)
 class Spots:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from ..inference import Predictions
     from ..models import HE2Gene
+    from .elements import Slide
     from .genes import WantedGenes
-    from .slide import Slide
 
 
 @dataclass(frozen=True)

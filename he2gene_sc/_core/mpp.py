@@ -17,7 +17,7 @@ from .rasters import levels, shared_systems, systems_of
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from .slide import Slide
+    from .elements import Slide
 
 #: Valid µm per pixel: from an electron microscope to a thumbnail of a slide.
 _PLAUSIBLE = (1e-3, 1e4)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from spatialdata import SpatialData
 
     from ..models import HE2Gene
+    from .elements import Slide
     from .genes import WantedGenes
-    from .slide import Slide
 
 #: Columns of every new table.
 _OWN_COLUMNS = {"obs": (REGION, INSTANCE), "var": ("ensembl_id",)}

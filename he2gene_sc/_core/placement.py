@@ -18,7 +18,7 @@ from .mpp import array_lattice, known_assay, transform_points, transformation_ca
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-    from .slide import Slide
+    from .elements import Slide
 
 #: A likely cause has to bring this fraction of the spots into the image, where they span this fraction of it.
 _INSIDE, _SPAN = 0.9, 0.2

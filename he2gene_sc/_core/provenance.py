@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from ..models import HE2Gene, ModelCard
-    from .slide import Slide
+    from .elements import Slide
 
 #: Least share of the spots in the area of training spots; an image may show tissue of several patients.
 _MIN_SHARE = 0.9

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from ..image import PatchReader, Pyramid
+from ..image import PatchReader
 from ..stats import pitch_of
-from .elements import Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
+from .elements import Slide, Spots, check_spatialdata, find_shapes, find_table, match_rows, spots_of_element
 from .hints import STATE_MPP, use_mpp_hint
 from .images import check_image, find_image, pyramid_of, spots_to_pixels
 from .keys import OWN_TABLE
@@ -28,30 +28,6 @@ if TYPE_CHECKING:
 _COLOUR_PX = 32
 #: Least size of a spot on the image; cells and bins, narrower than ``_WIDE_UM``, may have fewer pixels.
 _MIN_SPOT_PX, _WIDE_UM, _MIN_SPOT_UM = 8, 40.0, 4.0
-
-
-@dataclass(frozen=True, eq=False)
-class Slide:
-    """One image with its spots."""
-
-    image_key: str
-    shapes_key: str
-    table_key: str | None
-    coordinate_system: str
-    pyramid: Pyramid
-    pixel_factor: float  # scales pixels to 0..255
-    mpp: float
-    mpp_source: str
-    spot_ids: pd.Index  # index of the shapes or values of the labels, in the order of the table's rows
-    rows: np.ndarray  # rows of the spots in the table, or in the element without a table
-    centres: np.ndarray  # (n, 2), pixels of level 0
-    inside: np.ndarray  # whether the centre lies inside the image
-    diameter_um: float  # median over spots
-
-    @property
-    def diameter_px(self) -> float:
-        """Diameter in pixels of level 0."""
-        return self.diameter_um / self.mpp
 
 
 def resolve(

@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.elements import check_spatialdata
+from .._core.elements import Slide, check_spatialdata
 from .._core.keys import Keys
 from .._core.mpp import affine, length_scale, transform_points
 from .._core.names import check_text_names
 from .._core.predictions import predicted_table
 from .._core.rasters import levels
-from .._core.slide import Slide, recorded_slide
+from .._core.slide import recorded_slide
 from .._core.spots import SECTION, sections_of, spots_of
 from ..image import MIN_TISSUE, Level, Pyramid, read_reduced
 from ..stats import pitch_of

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from .._core import validate
+from .._core.elements import Slide
 from .._core.logs import logger
 from .._core.placement import check_placement, check_windows
-from .._core.slide import Slide, resolve
+from .._core.slide import resolve
 from .._settings import settings
 
 if TYPE_CHECKING:

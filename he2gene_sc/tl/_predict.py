@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from .._core import validate
 from .._core.element_results import copy_tables
+from .._core.elements import Slide
 from .._core.fill import StackedPredictions, check_fillable, fill_table, pool_regions
 from .._core.genes import match_genes
 from .._core.keys import REGION_FACTS, TABLE, Keys, check_key
@@ -20,7 +21,6 @@ from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, find_features, gene_flags, head_digest, summary_of
 from .._core.provenance import training_sections
-from .._core.slide import Slide
 from ..image import MIN_TISSUE
 from ._encoding import (
     Encoding,

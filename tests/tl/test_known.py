@@ -14,13 +14,13 @@ import zarr
 from spatialdata.models import Image2DModel
 
 import he2gene_sc as hg
+from he2gene_sc._core import provenance
 from he2gene_sc._core.predictions import summary_of
 from he2gene_sc._core.provenance import image_facts
 from he2gene_sc._core.slide import resolve
 from he2gene_sc.cohort._job import _same_patient
 from he2gene_sc.image import Level, Pyramid, pixels_sha256
 from he2gene_sc.models import ModelCard
-from he2gene_sc.tl import _known
 from tests.helpers.objects import two_regions
 
 RELIABLE, OF_KNOWN = "he2gene_reliable", "he2gene_reliable_known_patient"
@@ -214,8 +214,8 @@ def test_the_slide_of_another_patient_is_not_recognised_as_known(tiny_model, mod
 def test_a_table_of_two_slides_is_known_only_if_both_are(model):
     (slide,) = resolve(hg.datasets.toy((5, 6), mpp=2.0))
     (other,) = resolve(hg.datasets.toy((5, 6), mpp=2.0, seed=1))
-    assert _known.training_sections((slide, slide), model.card) == [["S1"], ["S1"]]
-    assert _known.training_sections((slide, other), model.card) == [[], []]
+    assert provenance.training_sections((slide, slide), model.card) == [["S1"], ["S1"]]
+    assert provenance.training_sections((slide, other), model.card) == [[], []]
 
 
 def test_a_region_predicted_later_counts_as_known_only_if_the_others_are(toy, model):
@@ -235,9 +235,9 @@ def test_a_region_predicted_later_counts_as_known_only_if_the_others_are(toy, mo
 def test_a_model_without_hashes_reads_no_pixels(toy, tiny_model, model):
     (slide,) = resolve(toy)
     wide = replace(slide, pyramid=Pyramid.single(np.zeros((3, 40, 50), np.uint8)))
-    with mock.patch.object(_known, "pixels_sha256", side_effect=AssertionError):
-        assert _known.training_sections((slide,), tiny_model.card) == [[]]
-        assert _known.training_sections((wide,), model.card) == [[]]
+    with mock.patch.object(provenance, "pixels_sha256", side_effect=AssertionError):
+        assert provenance.training_sections((slide,), tiny_model.card) == [[]]
+        assert provenance.training_sections((wide,), model.card) == [[]]
 
 
 def test_the_card_has_the_hash_and_its_display_does_not(model):
@@ -269,5 +269,5 @@ def test_a_finished_slide_must_have_the_same_known_patient(record, same):
 def test_the_bundled_model_knows_its_sections_and_no_other_of_their_patients(her2st):
     card = hg.models.load().card
     assert all(set(facts["image"]) == {"shape", "sha256", "spots"} for facts in card.training["sections"].values())
-    assert _known.training_sections(resolve(her2st("A1")), card) == [["A1"]]
-    assert _known.training_sections(resolve(her2st("C5")), card) == [[]]
+    assert provenance.training_sections(resolve(her2st("A1")), card) == [["A1"]]
+    assert provenance.training_sections(resolve(her2st("C5")), card) == [[]]

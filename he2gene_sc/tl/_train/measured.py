@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from ..._core.elements import Slide
 from ..._core.expression import raw_counts
 from ..._core.genes import gene_names
 from ..._core.hints import use_mpp_hint
@@ -19,7 +20,7 @@ from ..._core.logs import logger
 from ..._core.names import clean_names, column_of, section_and_patient
 from ..._core.placement import check_placement
 from ..._core.provenance import image_facts
-from ..._core.slide import Slide, resolve
+from ..._core.slide import resolve
 from .names import check_gene_lists, code_classes, common_names
 from .options import Classes, GeneSelection, TrainingKeys
 
