@@ -14,10 +14,8 @@ from ..models import EncoderSpec, ModelCard
 from ..models._encoders.registry import input_facts
 from ._sections import Section
 
-_CARD_FIELDS = (
-    *("name", "version", "description", "intended_use", "limitations"),
-    *("windows_um", "classes", "class_colors"),
-)
+#: Fields that a card has under the same name.
+_OF_CARD = ["name", "version", "description", "intended_use", "limitations", "windows_um", "classes", "class_colors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +68,12 @@ class ModelMetadata:
             if value is not None
         }
         encoder = {"name": self.encoder.name, "license": self.encoder.license, "sha256": self.encoder_sha256}
-        given: dict[str, Any] = {name: getattr(self, name) for name in _CARD_FIELDS}
+        given: dict[str, Any] = {name: getattr(self, name) for name in _OF_CARD}
         given |= {"n_genes": len(genes), "n_latent": len(tensors["genes.weight"])}
         given |= {"encoder": {**encoder, **input_facts(self.encoder), **own}, **facts}
         if not genes["reliable"].any():
-            given["limitations"] = (
-                *given["limitations"],
-                f"No gene is reliable on a new patient. You can {IF_NONE_RELIABLE}.",
-            )
+            none_reliable = f"No gene is reliable on a new patient. You can {IF_NONE_RELIABLE}."
+            given["limitations"] = (*given["limitations"], none_reliable)
         return ModelCard(**given)
 
     def spots(

@@ -11,13 +11,7 @@ import pandas as pd
 from ..stats import SetScores, pearson, set_ceiling
 from ._held_out import Depth, HeldOut, centre_by_part
 from ._metadata import Programmes
-from ._predictability import (
-    MIN_GROUPS,
-    RELIABLE_PCC,
-    bounds,
-    mean_by_patient,
-    with_unmodelled_counts,
-)
+from ._predictability import MIN_GROUPS, RELIABLE_PCC, bounds, mean_by_patient, with_unmodelled_counts
 from ._sections import Section, groups_of
 
 #: Fewest measured genes of a set for a score.

@@ -13,13 +13,7 @@ from ...models import HE2Gene
 from ...models._embedding import NO_CONTEXT, Context, reciprocal
 from ...models._gene_table import REFERENCES
 from .._calibrate import calibration_unit, card_entry
-from .._figures import (
-    annotation_figures,
-    expression_figures,
-    labelled_logits,
-    paired_figures,
-    pooled_temperature,
-)
+from .._figures import annotation_figures, expression_figures, labelled_logits, paired_figures, pooled_temperature
 from .._folds import UNIT_LIMITATIONS, grouped_folds, warn_of_unit
 from .._held_out import HeldOut, standardise
 from .._metadata import ModelMetadata

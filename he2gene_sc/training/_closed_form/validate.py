@@ -9,6 +9,7 @@ import numpy as np
 
 from ...models._embedding import Basis
 from ...stats import SetScores, pearson
+from ...stats._accuracy import column_blocks
 from .._calibrate import Calibration, calibrate, join_calibrations
 from .._held_out import Depth, HeldOut, Panel, centre_by_part
 from .._programmes import compare_scores
@@ -159,9 +160,8 @@ def _collect(
     kept: list[Calibration] = []
     sets = () if programmes is None else (programmes, programmes)
     scores = [tuple(SetScores(weights, section.measured) for weights in sets) for section in sections]
-    step = max(1, min(_GENES_AT_ONCE, _VALUES_AT_ONCE // len(classes)))
-    for start in range(0, g, step):
-        genes = slice(start, min(start + step, g))
+    n = len(classes)
+    for genes in column_blocks((n, g), min(_GENES_AT_ONCE * n, _VALUES_AT_ONCE)):
         measured = [section.dense(genes) for section in sections]
         predicted = [
             _predict(i, section, folds, genes, np.empty_like(y))

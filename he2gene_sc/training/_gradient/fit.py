@@ -18,6 +18,7 @@ from torch import nn
 
 from ..._core import logs
 from ...models import EncoderSpec
+from ...models._embedding import row_blocks
 from ...models._network import keep_heap
 from .._memory import check_memory
 from .patches import PatchSet, Split, blocks, split
@@ -153,7 +154,7 @@ def _check(data: PatchSet, rows: Split) -> None:
     if len(rows.train) < 2 or not len(rows.held_out):
         raise ValueError(f"{len(rows.train)} training and {len(rows.held_out)} held-out spots are too few")
     for part, chosen in (("training", rows.train), ("held-out", rows.held_out)):
-        if all(np.isnan(values[:, data.target_mask]).all() for _, values in blocks(data.targets, chosen)):
+        if all(np.isnan(values[:, data.target_mask]).all() for values in blocks(data.targets, chosen)):
             raise ValueError(f"no {part} section measured any of the target genes")
 
 
@@ -168,8 +169,8 @@ def _facts(
     del facts["max_epochs"]
     # One pass over the pixels costs less than an epoch.
     arrays: dict[str, Iterable[np.ndarray | bytes]] = {
-        "pixels": (data.patches[start : start + 256] for start in range(0, len(data), 256)),
-        "expression": (values for _, values in blocks(data.targets, np.arange(len(data)))),
+        "pixels": (data.patches[block] for block in row_blocks(len(data), 256)),
+        "expression": blocks(data.targets, np.arange(len(data))),
         "labels": [data.codes],
         "grouping": [data.sections, data.patients, data.target_mask],
         "places": [array for array in (data.coordinates, data.neighbours) if array is not None],
@@ -187,7 +188,6 @@ def _digest(arrays: Iterable[np.ndarray | bytes]) -> str:
 
 
 def default_precision(accelerator: str) -> str:
-    """Return the default precision: bfloat16 on CUDA, single precision elsewhere."""
     return "bf16-mixed" if accelerator == "cuda" else "32-true"
 
 

@@ -93,7 +93,6 @@ class TrainingModule(LightningModule):
         return loss
 
     def advice(self) -> str:
-        """Return advice on what to change if training diverges."""
         lr, precision = self.preset.lr, str(self.trainer.precision)
         mixed = f"; use precision='32-true' instead of {precision!r}" if precision.startswith(("bf16", "16")) else ""
         return (

@@ -11,12 +11,10 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from ...models._embedding import row_blocks
 from ...models._network import SYMMETRIES
 from .._folds import grouped_folds
 from .presets import Preset
-
-#: Number of spots whose targets are dense at once in a pass over all spots.
-_SPOTS_AT_ONCE = 1024
 
 
 class Targets:
@@ -45,17 +43,15 @@ class Targets:
         return out
 
 
-def blocks(targets: np.ndarray | Targets, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield positions and dense targets of spots, about a thousand at a time."""
-    for start in range(0, len(rows), _SPOTS_AT_ONCE):
-        part = rows[start : start + _SPOTS_AT_ONCE]
-        yield part, targets[part]
+def blocks(targets: np.ndarray | Targets, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield dense targets of spots, about a thousand at a time."""
+    return (targets[rows[block]] for block in row_blocks(len(rows)))
 
 
 def column_means(targets: np.ndarray | Targets, rows: np.ndarray) -> np.ndarray:
     """Return the mean of each gene over the spots in which it was measured; NaN if there are none."""
     total, count = np.zeros(targets.shape[1]), np.zeros(targets.shape[1], np.int64)
-    for _, values in blocks(targets, rows):
+    for values in blocks(targets, rows):
         total += np.nansum(values, axis=0, dtype=np.float64)
         count += (~np.isnan(values)).sum(0)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -176,8 +172,8 @@ class RowLoader:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield patches, targets of the target genes, and section codes."""
-        for start in range(0, len(self.rows), self.batch_size):
-            rows = self.rows[start : start + self.batch_size]
+        for block in row_blocks(len(self.rows), self.batch_size):
+            rows = self.rows[block]
             yield {
                 "patches": torch.from_numpy(np.asarray(self.data.patches[rows])),
                 "targets": torch.from_numpy(np.asarray(self.data.targets[rows][:, self.data.target_mask], np.float32)),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ...models._embedding import NO_CONTEXT
+from ...models._embedding import NO_CONTEXT, row_blocks
 from ...models._network import SYMMETRIES, FeatureExtractor, Network
 from ...models._tensors import ENCODER
 from .._calibrate import temperature
@@ -80,7 +80,6 @@ def _views(
     heads = {key: torch.from_numpy(value) for key, value in tensors.items() if not key.startswith(ENCODER)}
     extractor = FeatureExtractor(copy.deepcopy(module.encoder).cpu(), module.spec, fusion="mean")
     network = Network(extractor, heads, NO_CONTEXT).to(module.device)
-    for start in range(0, len(rows), _BATCH):
-        part = slice(start, start + _BATCH)
+    for part in row_blocks(len(rows), _BATCH):
         patches = torch.from_numpy(np.asarray(module.data.patches[rows[part]])).to(module.device)
         yield part, network, network.extractor((patches,), SYMMETRIES if module.preset.tta else SYMMETRIES[:1])
