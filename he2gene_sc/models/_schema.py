@@ -138,12 +138,8 @@ class _Image(_Strict):
     spots: Annotated[list[Number], Field(min_length=4, max_length=4)]
 
 
-class _Section(_Strict, extra="allow"):
-    image: _Image = _ABSENT
-
-
 class _Training(_Strict, extra="allow"):
-    sections: dict[str, _Section] = {}
+    sections: dict[str, dict[str, Any]] = {}
 
 
 class _Annotation(_Strict):
@@ -238,6 +234,14 @@ def check_card(data: dict[str, Any], where: str) -> None:
             raise ValueError(
                 f"`model`: {where}: `{name}` has {len(entries)} entries for {len(needed)} `{of}`; one for each is needed"
             )
+    for name, facts in card.training.sections.items():
+        if "image" in facts:
+            try:
+                _Image.model_validate(facts["image"])
+            except ValidationError as error:
+                raise ValueError(
+                    f"`model`: {where}: `training.sections.{name}.image` is not valid: {explain(error)}. Fetch the folder again"
+                ) from error
     fine = card.context is not None and card.context.fine_below_mpp is not None
     own = None if card.annotation is None else card.annotation.context
     if (own is not None and own.fine_below_mpp is not None) or (
