@@ -8,15 +8,13 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
-
-import dask.system
-import torch
-from distributed import Client, Nanny, Scheduler, Worker
-from distributed.deploy.spec import SpecCluster
+from typing import TYPE_CHECKING, Any
 
 from .._core import logs, validate
 from .._core.memory import memory_of_machine
+
+if TYPE_CHECKING:
+    from distributed import Client, Worker
 
 #: Expected memory of a worker: torch, scverse and a slide.
 _WORKER_BYTES = 3 * 1024**3
@@ -45,7 +43,10 @@ def workers_here(n_slides: int, n_workers: int | None, device: str) -> list[dict
 
     The default is one worker per GPU; without a GPU, as many as cores, memory and slides allow.
     """
-    cores = dask.system.CPU_COUNT or 1
+    import torch
+    from dask.system import CPU_COUNT
+
+    cores = CPU_COUNT or 1
     gpus = []
     if device in ("auto", "cuda"):
         visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
@@ -65,6 +66,10 @@ def local_client(environments: list[dict[str, str]], *, alone: bool = False) -> 
 
     With ``alone``, dask neither pauses nor kills a worker for its memory use.
     """
+    import dask
+    from distributed import Client, Nanny, Scheduler
+    from distributed.deploy.spec import SpecCluster
+
     # dask accepts a logging level, but declares a bool.
     silent: Any = logging.CRITICAL
     common = {

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,9 @@ from .._core.keys import ATTRS, Keys
 from .._core.names import clean_names
 from .._core.ownership import recorded_keys
 from .._core.stores import digest, newest_mtime, resolved, root_attrs
-from ..models import HE2Gene
+
+if TYPE_CHECKING:
+    from ..models import HE2Gene
 
 #: ``sdata.attrs["he2gene"][SOURCE]``: the slide that a store was made from, unless it was updated in place.
 SOURCE = "source"
@@ -97,9 +99,12 @@ def find_finished(job: Job, model: HE2Gene) -> dict[str, Any] | None:
         if attrs is None or not (job.in_place or attrs.get(ATTRS, {}).get(SOURCE, {}) == job.source):
             return None
         for table, record in _predictions(job):
-            if not _matches(table, record, job, model) or (job.in_place and not _is_of_slide(job, table, record)):
+            if not _matches(table, record, job, model):
                 continue
-            if all((clean_names(_read(table / "obs" / name)) == value).all() for name, value in job.labels.items()):
+            labels = job.labels.items()
+            if not all((clean_names(_read(table / "obs" / name)) == value).all() for name, value in labels):
+                continue
+            if not job.in_place or _is_of_slide(job, table, record):
                 _check_complete(table, record, job.key)
                 return _summary(table, record, job.key)
     except Exception:  # noqa: BLE001 - a damaged store raises again, and is reported, when it is predicted

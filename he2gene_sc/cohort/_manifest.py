@@ -169,7 +169,9 @@ def _rows(slides: Any) -> Iterator[tuple[str, dict[str, Any], Path]]:
                 "manifest (.csv, .tsv) is needed"
             )
     elif isinstance(slides, Iterable) and not isinstance(slides, Mapping | bytes):
-        rows = ((f"`paths`, number {number}", [path]) for number, path in enumerate(slides))
+        # Blanks around a text are part of a file name here, unlike in the cells of a manifest.
+        paths = (Path(path) if isinstance(path, str) and path.strip() else path for path in slides)
+        rows = ((f"`paths`, number {number}", [path]) for number, path in enumerate(paths))
     else:
         raise TypeError(
             f"`paths` is of type {type(slides).__name__}; paths, or a manifest (a csv file or a DataFrame), are needed"

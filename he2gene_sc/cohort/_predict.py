@@ -10,23 +10,24 @@ import uuid
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import dask
 import pandas as pd
-from distributed import Client, KilledWorker, as_completed, get_worker
 
 from .._core import validate
 from .._core.hints import use_mpp_hint
 from .._core.stores import resolved
 from .._settings import settings
-from ..inference import send
 from ..io._files import check_new_file, put_file
-from ..models import HE2Gene
 from ._cluster import check_client, local_client, workers_here
 from ._job import METRICS, Job, find_finished, slide_summary
 from ._manifest import LABELS, SEPARATORS, read_jobs
 from ._slide import predict_slide
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from ..models import HE2Gene
 
 #: Predict one slide at a time in a process, however many threads its worker has.
 _SLIDE_LOCK = threading.Lock()
@@ -234,6 +235,8 @@ def _columns(labels: Iterable[str]) -> list[str]:
 
 def _is_summary(path: Path) -> bool:
     """Whether a file starts with the columns of a summary, or is empty."""
+    if not path.is_file():
+        return False
     if not path.stat().st_size:
         return True  # an empty file, as tempfile or touch make it: nothing is lost
     with path.open("rb") as file:
@@ -251,6 +254,10 @@ def _results(
     client: Client, todo: dict[int, tuple[Job, HE2Gene]], killed: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Predict the slides; yield the row of each when it is done. Slides whose workers died are added to ``killed``, if given."""
+    from distributed import KilledWorker, as_completed
+
+    from ..inference import send
+
     session = {name: getattr(settings, name) for name in ("device", "memory_limit", "n_readers")}
     # Each model is sent once.
     models = {id(model): model for _, model in todo.values()}
@@ -287,6 +294,9 @@ def _failed(error: str) -> dict[str, Any]:
 
 def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
     """Predict one slide in a worker; return its row of the table."""
+    import dask
+    from distributed import get_worker
+
     # Compute dask arrays of a slide in its worker: new tasks would wait behind other slides.
     own = dask.config.set(scheduler="threads", num_workers=get_worker().state.nthreads)
     hint = use_mpp_hint("pass mpp={mpp} (--mpp {mpp}), or add a column `mpp` to the manifest")
@@ -312,7 +322,7 @@ def run(job: Job, model: HE2Gene, session: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _settings(session: dict[str, Any]) -> Iterator[None]:
-    before = dict(vars(settings))
+    before = {name: getattr(settings, name) for name in session}
     try:
         for name, value in session.items():
             setattr(settings, name, value)

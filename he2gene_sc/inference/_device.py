@@ -50,7 +50,7 @@ def n_readers(device: torch.device, wanted: int | None) -> int:
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the precision of the encoder for a name; ``"auto"`` is bfloat16 on GPUs that support it, else float32."""
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         # Older GPUs emulate bfloat16, which is slower than float32.
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32

@@ -203,12 +203,7 @@ class Card(_Strict):
     intended_use: str
     limitations: list[str]
     license: str
-    files: Annotated[
-        dict[str, Sha256],
-        _needed(
-            {"genes.csv", "weights.safetensors"}.issubset, "the SHA-256 of genes.csv and weights.safetensors is needed"
-        ),
-    ]
+    files: dict[str, Sha256]
     expression_scale: ExpressionScale
     fusion: Literal["concat", "mean"]
     context: _Context | None
@@ -226,6 +221,8 @@ def check_card(data: dict[str, Any], where: str) -> None:
         card = Card.model_validate(data)
     except ValidationError as error:
         raise ValueError(f"`model`: {where} is not valid: {explain(error)}. Fetch the folder again") from error
+    if lacking := sorted({"genes.csv", "weights.safetensors"} - card.files.keys()):
+        raise ValueError(f"`model`: {where}: `files` lacks the SHA-256 of {lacking}. Fetch the folder again")
     for name, entries, of, needed in (
         ("class_colors", card.class_colors, "classes", card.classes),
         ("encoder.tiles", card.encoder.tiles, "windows_um", card.windows_um),
@@ -270,6 +267,7 @@ def explain(error: ValidationError) -> str:
         elif fault["type"] != "missing":
             found = repr(fault["input"])
             needed = fault["msg"].removeprefix("Value error, ").replace("Input should ", "it must ")
+            needed = re.sub(r" or instance of \w+", "", needed)
             messages.append(f"`{name}` is {found if len(found) <= 60 else f'{found[:57]}…'}: {needed}")
     more = f"; and {len(messages) - _MAX_LISTED} more" if len(messages) > _MAX_LISTED else ""
     return "; ".join(messages[:_MAX_LISTED]) + more
