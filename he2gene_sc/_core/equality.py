@@ -96,7 +96,7 @@ def same_array(stored: Any, value: Any) -> bool:
     """Whether a zarr array equals a numpy or dask array; compared block by block."""
     if tuple(stored.shape) != tuple(value.shape):
         return False
-    if not all(np.dtype(x.dtype).kind in "biufc" for x in (stored, value)):
+    if not stored.shape or not all(np.dtype(x.dtype).kind in "biufc" for x in (stored, value)):
         return is_same_value(np.asarray(stored[...]), np.asarray(value))
     if stored.dtype != value.dtype:
         return False

@@ -101,9 +101,10 @@ def _check_size(sdata: SpatialData, slide: Slide, diameter_px: float) -> None:
             f"{found}; at most {shortest // 2} px are possible. Check the transformations, `coordinate_system` and `image_key`"
         )
     circles = slide.shapes_key in sdata.shapes and "radius" in sdata.shapes[slide.shapes_key].columns
-    adjacent = len(slide.centres) > 1 and pitch_of(slide.centres) < 1.5 * diameter_px
     # Cells and bins are far smaller than the window that is read around them, and which the image has to resolve.
-    if slide.diameter_um < _WIDE_UM and (adjacent or not circles):
+    if slide.diameter_um < _WIDE_UM and (
+        not circles or (len(slide.centres) > 1 and pitch_of(slide.centres) < 1.5 * diameter_px)
+    ):
         return
     if slide.diameter_um < _MIN_SPOT_UM:
         raise ValueError(

@@ -128,7 +128,10 @@ def running_client(client: Any) -> None:
     """Check that ``client`` is a running client of dask.distributed."""
     from distributed import Client
 
-    instance(client, Client, "client", "a distributed.Client, as made by Client('tcp://ADDRESS:8786'),")
+    if not isinstance(client, Client):
+        raise TypeError(
+            f"`client` is of type {type(client).__name__}; a distributed.Client is needed: Client('tcp://ADDRESS:8786')"
+        )
     if client.asynchronous or client.status != "running":
         found = "asynchronous" if client.asynchronous else client.status
         raise ValueError(f"`client` is {found}; a running, synchronous client is needed")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.expression import Scale
+from .._core.expression import SCALES, Scale
 from .._core.keys import Keys
 from .._core.matrix import dense, matrix_of
 from .._core.predictions import prediction_of
@@ -84,7 +84,7 @@ def coverage(
         )
     # Intervals of a calibration record no prediction_key.
     ours = table.uns[f"{layer}_intervals"]["params"].get("prediction_key") or prediction_of(table, layer)
-    scale = layer_scale if ours is None else None
+    scale = validate.one_of(layer_scale, SCALES, "layer_scale") if ours is None else None
     keys = Keys(ours or "he2gene")
     aligned = align_expression(
         data, table, keys, layer, measured, measured_scale, other_scale=scale, gene_symbols=gene_symbols

@@ -18,9 +18,9 @@ from .._core.spots import get_table
 from ..stats import N_BINS
 from ..tl._calibrate import Calibration, check_calibrated
 from ..tl._interval_ends import (
-    BY,
     adapted_intervals,
     calibration_intervals,
+    check_by,
     find_adaptation,
     model_intervals,
 )
@@ -104,7 +104,7 @@ def calibration(
     validate.arguments(globals()["calibration"], locals())  # the parameter `calibration` hides the function
     from ..tl._evaluate.aligned import align_expression, class_probabilities
 
-    validate.one_of(by, BY, "by")
+    check_by(by)
     if not np.iterable(coverages):
         raise ValueError(f"`coverages` is {coverages!r}; a list is needed, such as [{coverages!r}]")
     levels = np.array([validate.in_range(coverage, "coverages", above=0, below=1) for coverage in coverages], float)

@@ -26,10 +26,21 @@ if TYPE_CHECKING:
 
 #: The intervals of genes detected in a smaller share of the training spots mean "not detected".
 RARE_SHARE = 0.2
-#: Valid values of the argument `by`.
-BY = ("annotation", "detected", "level", None)
+#: Valid values of the argument `by`, and what they mean.
+_BY = {
+    "annotation": "the predicted class",
+    "detected": "also the spots that express the gene",
+    "level": "the predicted level of the gene",
+}
 #: Residuals that an argument `by` needs, and that models or calibrations of older versions do not have.
 _NEEDED = {"detected": "of the spots that express a gene", "level": "by predicted level"}
+
+
+def check_by(by: object) -> None:
+    """Raise unless residuals can be grouped by ``by``."""
+    if by is not None and by not in _BY:
+        valid = ", ".join(f"{name!r} ({meaning})" for name, meaning in _BY.items())
+        raise ValueError(f"`by` is {by!r}, valid: {valid} or None")
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from .._settings import settings
 from ..stats import MIN_GROUPS
 from ._calibrate import Calibration, check_calibrated, warn_of_level
 from ._interval_ends import (
-    BY,
     RARE_SHARE,
     adapted_intervals,
     calibration_intervals,
+    check_by,
     find_adaptation,
     model_intervals,
 )
@@ -130,7 +130,7 @@ def intervals(
     """
     validate.arguments(intervals, locals())
     validate.in_range(coverage, "coverage", above=0, below=1)
-    validate.one_of(by, BY, "by")
+    check_by(by)
     adapted: Mapping[str, Any] | None = None
     if calibration is not None:
         table = get_table(data, table_key, layer=layer)

@@ -195,6 +195,7 @@ def evaluate(
         )
     names = {metric: f"{key_added}_{metric}" for metric in METRICS}
     check_free(table, "evaluate", key_added, var=names.values())
+    validate.one_of(layer_scale, SCALES, "layer_scale")
     aligned = align_expression(
         data,
         table,
