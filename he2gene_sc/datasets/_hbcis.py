@@ -248,7 +248,7 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
             f"{path.name} has no labels: a header and a line for each spot are needed, found {len(lines)} lines"
         )
     header, *rows = ([field.strip() for field in line.split("\t")] for line in lines)
-    if pd.notna(pd.to_numeric(header[1:3], errors="coerce")).sum() == 2:
+    if _is_number(header[1:2]) and _is_number(header[2:3]):
         raise ValueError(f"{path.name}: the first line {header} is not a header; xcoord, ycoord, lab, tumor is needed")
     n = len(_FIELDS)
     if wrong := [i + 2 for i, row in enumerate(rows) if len(row) < n or any(row[n:])]:
@@ -273,3 +273,10 @@ def _labels(path: Path) -> tuple[pd.Series, list[str]]:
         problems.append(f"{len(conflicting)} spots with two different labels are left without one")
         labels = labels.drop(conflicting)
     return labels[~labels.index.duplicated()], problems
+
+
+def _is_number(fields: list[str]) -> bool:
+    try:
+        return bool([float(field) for field in fields])
+    except ValueError:
+        return False

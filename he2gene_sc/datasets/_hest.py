@@ -226,7 +226,7 @@ def _usable(
     where, advice = f"samples in {str(root)!r}", "download the newest table, or add what is missing to it"
     if all_listed:
         others = [path.stem for path in sorted((root / "st").glob("*.h5ad")) if path.stem not in metadata.index]
-        _warn_left_out(others, f"{where} are not in {table}", advice)
+        _warn_left_out([name for name in others if _is_there(root, name)], f"{where} are not in {table}", advice)
     for column, names in unknown.items():
         _warn_left_out([n for n in names if _is_there(root, n)], f"{where} have no `{column}` in {table}", advice)
     metadata = metadata[chosen]

@@ -29,15 +29,20 @@ class Colour:
 
     def __call__(self, samples: np.ndarray) -> np.ndarray:
         """Convert ``(n, h, w)`` to ``(3, h, w)`` uint8; ink and luminance with chroma are uint8, ink from 0 for none."""
-        if self.order:
+        if self.order == (0, 1, 2):
+            samples = samples[:3]
+        elif self.order:
             samples = samples[list(self.order)]
         if self.kind == "palette":
             return self.palette[:, np.minimum(samples[0], self.palette.shape[1] - 1)]
         if self.kind == "ink":
             # As Pillow does.
             light = 255 - samples[3].astype(np.uint16)
-            product = samples[:3] * light + 128
-            return (light - ((product + (product >> 8)) >> 8)).astype(np.uint8)
+            out = np.empty((3, *samples.shape[1:]), np.uint8)
+            for i in range(3):
+                product = samples[i] * light + 128
+                out[i] = light - ((product + (product >> 8)) >> 8)
+            return out
         if self.kind == "ycbcr":
             # Full range, ITU-R BT.601.
             y, cb, cr = (samples[i].astype(np.float32) for i in range(3))
@@ -81,8 +86,10 @@ def colour_of(page: tifffile.TiffPage, sample: np.ndarray, name: str, order: lis
             f"`path` {name!r} has 4 channels that are not declared as red, green, blue and alpha; save it as RGB"
         )
     extra, alpha = int(page.extrasamples[0]) if page.extrasamples else 0, sample[3]
-    if extra not in (1, 2) and not np.isin(alpha, (0, alpha.max())).all():
-        raise ValueError(f"`path` {name!r} has a fourth channel that is not declared as alpha; save it as RGB")
-    if extra not in (1, 2) and not alpha.any():
+    if extra in (1, 2):
+        return Colour("premultiplied" if extra == 1 else "rgb", factor, order=used)
+    if not alpha.any():
         used = (used or (0, 1, 2, 3))[:3]  # a fourth channel without content
-    return Colour("premultiplied" if extra == 1 else "rgb", factor, order=used)
+    elif (alpha < alpha.max()).any() and not np.isin(alpha, (0, alpha.max())).all():
+        raise ValueError(f"`path` {name!r} has a fourth channel that is not declared as alpha; save it as RGB")
+    return Colour("rgb", factor, order=used)

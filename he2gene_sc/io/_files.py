@@ -24,11 +24,13 @@ _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
 @contextlib.contextmanager
 def described(kind: type[Exception], problem: str, advice: str = "") -> Iterator[None]:
-    """Turn any error of a library into one that names the file; a missing file and lack of memory or permission stay."""
+    """Turn any error of a library into one that names the file; the type of some, which say enough, stays."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError):
         raise
+    except MemoryError as error:
+        raise MemoryError(f"{problem}, or there is too little memory for it ({error}){advice}") from error
     except Exception as error:  # libraries raise various errors for damaged bytes
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         raise kind(f"{problem} ({text}){advice}") from error

@@ -132,7 +132,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
 
 def check_place(target: Path, n_bytes: int) -> None:
     """Raise, before any work, if a store cannot be written, or the disk has no room for ``n_bytes``."""
-    folder = next(place for place in (target, *target.parents) if place.exists())
+    folder = next((place for place in (target, *target.parents) if place.exists()), target.parent)
     inside = [folder]
     if folder == target:
         with locked(target):

@@ -107,6 +107,7 @@ def read_st(
         spot_frame = _spot_table(spots)
         ids = _shared_ids(count_frame, spot_frame, section)
         values, genes = _raw_counts(count_frame.loc[ids], section)
+        del count_frame  # before the image is complete
         spot_frame = spot_frame.loc[ids]
         centres = _numbers(spot_frame, ("pixel_x", "pixel_y"), "spots")
         if not np.isfinite(centres).all():

@@ -110,20 +110,14 @@ def _convert(where: str, value: Any) -> Any:
         if frame is not None and frame.columns.has_duplicates:
             return value  # anndata raises, with the name
         parts = {key: value[key] for key in value}
-        made = {key: _convert(f"{where}[{key!r}]", part) for key, part in parts.items()}
+        convert = _convert if frame is None else _convert_column
+        made = {key: convert(f"{where}[{key!r}]", part) for key, part in parts.items()}
         changed = {key: part for key, part in made.items() if part is not parts[key]}
         if not changed:
             return value
         return made if frame is None else frame.assign(**changed)
-    if isinstance(value, pd.Series) and value.dtype == object:
-        return _convert_column(where, value)
-    if isinstance(getattr(value, "dtype", None), pd.CategoricalDtype):
-        values = value.array if isinstance(value, pd.Series) else value
-        if values.categories.dtype != object:
-            return value
-        categories = pd.Series(values.categories)
-        made = _convert_column(where, categories)
-        return value if made is categories else values.rename_categories(pd.Index(made))
+    if isinstance(value, pd.Categorical):
+        return _convert_categories(where, value)
     if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
         return _convert_objects(where, value)
     return value
@@ -143,8 +137,22 @@ def check_names(names: Iterable[Any], start: str) -> None:
             )
 
 
-def _convert_column(where: str, column: pd.Series) -> pd.Series:
-    """Convert a column of objects to the type of its values; texts without missing values stay."""
+def _convert_categories(where: str, values: Any) -> Any:
+    if values.categories.dtype != object:
+        return values
+    categories = pd.Series(values.categories)
+    made = _convert_column(where, categories)
+    return values if made is categories else values.rename_categories(pd.Index(made))
+
+
+def _convert_column(where: str, column: pd.Series) -> Any:
+    """Convert a column, or categories, of objects to the type of the values; texts without missing values stay."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        values = column.array
+        made = _convert_categories(where, values)
+        return column if made is values else made
+    if column.dtype != object:
+        return column
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind not in _TYPES:
         raise ValueError(

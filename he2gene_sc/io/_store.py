@@ -55,7 +55,10 @@ def _clear(store: Path, place: Path, beside: bool) -> None:
         finish_swap(store)
     else:
         for path in [path for kind in KINDS for path in (store / kind).glob("*")]:
-            finish_swap(path.resolve() if path.is_symlink() else path.with_name(path.name.removesuffix(WAITING)))
+            if path.name.endswith(WAITING):
+                finish_swap(path.with_name(path.name.removesuffix(WAITING)))
+            elif path.is_symlink():
+                finish_swap(path.resolve())
     remove(place)
 
 

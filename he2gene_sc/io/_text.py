@@ -15,7 +15,9 @@ from ._files import described
 def read_table(path: Path, parameter: str | None = None, **options: Any) -> pd.DataFrame:
     """Read a table with :func:`pandas.read_csv`, by default tab-separated; ``parameter`` is named in errors."""
     what = f"`{parameter}` {str(path)!r}" if parameter else str(path)
-    with described(OSError, f"{what} is empty, damaged or not a table with a header", "; copy or download it again"):
+    with described(
+        OSError, f"{what} is empty, damaged, truncated or not a table with a header", "; copy or download it again"
+    ):
         # low_memory=True would concatenate thousands of small columns for a table of all genes.
         return pd.read_csv(path, **{"sep": "\t", "low_memory": False, **options})
 

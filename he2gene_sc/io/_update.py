@@ -187,7 +187,7 @@ def _refuse_links_elsewhere(store: Path, changes: list[Change]) -> None:
     """Raise for elements that a link puts on another file system, across which folders cannot be exchanged."""
     for change in changes:
         place = (store / change.path).resolve()
-        place = next(part for part in (place, *place.parents) if part.exists())
+        place = next((part for part in (place, *place.parents) if part.exists()), store)
         if place.stat().st_dev != store.stat().st_dev or place.parent.stat().st_dev != store.stat().st_dev:
             raise ValueError(
                 f"`sdata`: {change.kind} {change.name!r} of the store {str(store)!r} is a link to {str(place)!r} on another file "
