@@ -109,8 +109,8 @@ def columns_of(table: AnnData, genes: Sequence[str], gene_symbols: str | None = 
         twice = symbols.duplicated(keep=False)
         unique = pd.Index(np.where(twice, "", symbols))
         by_symbol = find_genes(genes, unique, one_to_one=False)
-        by_symbol[np.array([not name for name in genes])] = -1
-        own = np.array([place >= 0 and exact[place] for place in found])
+        by_symbol[np.array([not name for name in genes], bool)] = -1
+        own = np.array([place >= 0 and exact[place] for place in found], bool)
         found = np.where(own | (by_symbol < 0), found, by_symbol)
     return found
 

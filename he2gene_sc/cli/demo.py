@@ -121,10 +121,10 @@ def compare(sdata: SpatialData, model: HE2Gene) -> tuple[pd.DataFrame, pd.DataFr
     predicted = table.var["he2gene_predicted"].to_numpy(bool)
     names = table.var_names[predicted]
     measured = log_normalise(table.X)[:, predicted]
-    layer = np.asarray(table.layers["he2gene"])[:, predicted]
-    seen = np.asarray(~np.isnan(layer).any(1))
+    layer = np.asarray(table.layers["he2gene"])
+    seen = np.asarray(~np.isnan(layer[:, predicted]).any(1))
     genes = pd.DataFrame({"gene": names, "mean": measured.mean(0)}, index=names)
-    genes["pearson"] = pearson(layer[seen], measured[seen])
+    genes["pearson"] = pearson(layer[seen][:, predicted], measured[seen])
     genes["ceiling"] = noise_ceiling(table.X[np.flatnonzero(seen)])[predicted]
     for column in ("pcc", "reliable"):
         genes[column] = table.var[f"he2gene_{column}"].to_numpy()[predicted]

@@ -50,7 +50,9 @@ def concordance(
         As given to :func:`he2gene_sc.get.concordance`.
     ncols
         Panels in a row.
-    figsize, title, ax, save, show, return_fig
+    ax
+        Axes to draw in, one per group.
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

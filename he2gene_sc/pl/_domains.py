@@ -65,7 +65,9 @@ def domains(
         ``key_added`` of the run.
     table_key
         Table, if an object has several.
-    alpha, title, figsize, ax, save, show, return_fig
+    ax
+        Axes to draw in, one per panel.
+    alpha, title, figsize, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

@@ -247,7 +247,8 @@ def _class_colours(column: str, tables: Sequence[AnnData], keys: Keys, palette: 
     for table in tables:
         of_model |= _model_colours(table, keys)
         stored |= stored_colours(table, column)
-        labels |= dict.fromkeys(sorted(map(str, table.obs[column].astype("category").cat.categories)))
+        if column in table.obs:  # another slide may have its labels in another column
+            labels |= dict.fromkeys(sorted(map(str, table.obs[column].astype("category").cat.categories)))
     labels = of_model | labels if column == keys.annotation else labels
     others = [label for label in labels if label not in of_model and label not in stored]
     colours = dict(zip(others, cycle(_EXTRA_COLOURS))) | GREYS | stored | of_model

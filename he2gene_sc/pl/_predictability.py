@@ -73,7 +73,9 @@ def predictability(
         the lowest to the highest section.
     gene_symbols
         As given to predict. Default: the recorded value.
-    prediction_key, table_key, figsize, title, ax, save, show, return_fig
+    ax
+        Axes to draw in.
+    prediction_key, table_key, figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns
@@ -103,6 +105,7 @@ def predictability(
         band_label, y_label = f"95 % interval over {over}", "held-out Pearson correlation"
     else:
         table, band_label, y_label = _evaluated_genes(model, key, table_key, gene_symbols)
+        rule = ""
     if table["pcc"].isna().all():
         what = "`model` has no held-out metrics" if key is None else f"`key` {key!r} has no correlation of any gene"
         raise ValueError(f"{what}, so the accuracy of its genes is unknown; pass another one")

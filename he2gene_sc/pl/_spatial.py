@@ -291,6 +291,7 @@ def _gene_panels(
         raise ValueError(
             "`sdata`: the table has duplicated var_names; run sdata[table_key].var_names_make_unique() first"
         )
+    model_layer = predicted_layer(table, keys.key_added)
     drawn_layer = None if layer is None else predicted_layer(table, keys.key_added, layer)
     var_names = [gene for _, gene in genes.values()]
     predicted = np.array(dense(matrix_of(table[:, var_names], drawn_layer)), dtype=float)
@@ -300,7 +301,7 @@ def _gene_panels(
     facts, reliable = table.var, pd.Series(gene_flags(table, keys.reliable), table.var_names)
     held_out: list[tuple[str, str]] = []
     title = "adapted" if is_record_of("adapt", table.uns.get(drawn_layer)) else drawn_layer or layer_label(None)
-    if drawn_layer == predicted_layer(table, keys.key_added):
+    if drawn_layer == model_layer:
         title = "predicted"
         held_out = [("held-out", keys.pcc), ("new patients", keys.pcc_new_patient)]
     out: dict[int, list[Panel]] = {}

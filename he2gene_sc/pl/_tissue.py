@@ -53,7 +53,9 @@ def tissue(
         Spots, for example of :func:`he2gene_sc.pp.grid`. Default: the only circles, or none if there are no circles.
     coordinate_system
         Coordinate system of the plot; default: the only one that all elements share.
-    figsize, title, ax, save, show, return_fig
+    ax
+        Axes to draw in.
+    figsize, title, save, show, return_fig
         As in :func:`he2gene_sc.pl.spatial`.
 
     Returns

@@ -656,6 +656,14 @@ def test_genes_of_any_type_become_a_list(make):
     assert isinstance(jobs[0].options["genes"], list)
 
 
+def test_blanks_in_a_listed_path_are_part_of_the_file_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (" q.svs", "q.svs"):
+        (tmp_path / name).write_bytes(b"x")
+    jobs, _ = read_jobs([" q.svs", "q.svs"], {}, **GIVEN)
+    assert [job.path.name for job in jobs] == [" q.svs", "q.svs"]
+
+
 def test_a_slide_that_is_listed_twice_is_warned_of(tmp_path):
     (tmp_path / "A.svs").write_bytes(b"x")
     (tmp_path / "link.svs").symlink_to("A.svs")

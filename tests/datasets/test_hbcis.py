@@ -146,6 +146,7 @@ def test_labels_in_all_spellings_are_read(root, written, read):
     [
         ("xcoord\tycoord\tlab\ttumor\t\rC1_7_10\t7\t10\ttumor\r", "5 fields per line are needed"),
         ("C1_7_10\t7\t10\tL1\ttumor\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is not a header"),
+        ("C1_7_10\tnan\tnan\t\t\rC1_8_10\t8\t10\tL1\tnon\r", "the first line .* is not a header"),
         ("xcoord\tycoord\tlab\ttumor\t\r", "has no labels"),
         ("", "has no labels"),
     ],

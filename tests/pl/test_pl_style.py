@@ -318,6 +318,30 @@ def test_errors_name_the_slide_that_differs(slide, table):
         hg.pl.spatial(table[:0].copy(), "score")
 
 
+def test_a_gene_that_is_also_a_column_is_drawn_as_a_gene(slide):
+    table = slide["table"]
+    other = table.copy()
+    table.obs["ERBB2"], other.obs["ERBB2"] = 1.0, pd.Categorical(["x"] * other.n_obs)
+    for ax in hg.pl.spatial([table, other], "ERBB2", measured=False):
+        assert limits(ax)[1] > 1
+
+
+def test_labels_of_each_slide_may_come_from_another_column(slide):
+    table = slide["table"]
+    other = table.copy()
+    table.obs = table.obs.drop(columns="annotation", errors="ignore")
+    other.obs["annotation"] = pd.Categorical(["a", "b"] * (other.n_obs // 2))
+    first, second = hg.pl.spatial([table, other], color="annotation")
+    assert {"a", "b"} <= set(legend(second))
+    assert not {"a", "b"} & set(legend(first))
+
+
+def test_tissue_alone_is_drawn_after_a_prediction_by_symbols(toy, tiny_model):
+    toy["table"].var["symbol"] = toy["table"].var_names
+    hg.tl.predict(toy, model=tiny_model, gene_symbols="symbol")
+    assert hg.pl.spatial(toy).images
+
+
 def test_a_scale_of_one_value_and_lists_of_any_kind_are_drawn(table):
     table.obs["flat"] = 0.0
     assert limits(hg.pl.spatial(table, "flat", vmin=0)) == limits(hg.pl.spatial(table, "flat", vmax="p99")) == (0, 1)

@@ -112,6 +112,8 @@ def test_a_layer_of_another_model_beside_our_prediction_needs_prediction_key_non
         hg.tl.evaluate(table, layer="nothing", prediction_key=None)
     with pytest.raises(ValueError, match=r"`model` is only for predictions of hg\.tl\.predict"):
         hg.tl.evaluate(table, layer="other_model", prediction_key=None, model="breast-her2st")
+    with pytest.raises(ValueError, match="`layer_scale` is None, valid: "):
+        hg.tl.evaluate(table, layer="other_model", prediction_key=None, layer_scale=None)
 
 
 def test_spots_that_a_layer_of_another_model_was_adapted_to_are_left_out():

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -246,6 +247,14 @@ def test_gene_symbols_names_a_column(toy, tiny_model):
     toy["table"].var_names = [f"id{i}" for i in range(toy["table"].n_vars)]
     hg.tl.predict(toy, model=tiny_model, gene_symbols="symbol")
     same(toy["table"], expected)
+
+
+def test_device_and_dtype_are_checked_before_the_slide_is_read(toy, tiny_model):
+    with mock.patch("he2gene_sc.tl._predict.find_slides", side_effect=AssertionError):
+        with pytest.raises(ValueError, match="device"):
+            hg.tl.predict(toy, model=tiny_model, device="cudda")
+        with pytest.raises(ValueError, match="`dtype` 'float99' is unknown"):
+            hg.tl.predict(toy, model=tiny_model, dtype="float99")
 
 
 @pytest.mark.parametrize("version", ["", ".7"])
