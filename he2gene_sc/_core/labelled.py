@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +16,7 @@ from .duplicates import check_duplicate_sections, check_duplicate_spots
 from .expression import Scale, check_scale, count_totals, log_expression, summarize_values
 from .genes import columns_of, find_genes
 from .keys import OWN_TABLE, Keys
-from .logs import logger
+from .logs import logger, warn
 from .matrix import blocks_of, matrix_of
 from .names import clean_samples
 from .predictions import IF_NONE_RELIABLE, prediction_of, symbols_of
@@ -168,11 +167,9 @@ def check_replicates(spots: SpotData, sample_key: str) -> None:
         # Otherwise samples are not parts of patients, but for example the halves of a plate.
         nested = patients.groupby(spots.samples).nunique().max() == 1
         if nested and patients.notna().all() and n_patients < n:
-            warnings.warn(
+            warn(
                 f"`sample_key` {sample_key!r}: the {n} samples are of {n_patients} patient{'s' * (n_patients != 1)} by obs[{key!r}]. "
-                f"Samples of one patient are not replicates: p-values are too small. Use sample_key={key!r}",
-                UserWarning,
-                stacklevel=3,
+                f"Samples of one patient are not replicates: p-values are too small. Use sample_key={key!r}"
             )
             return
 
@@ -268,10 +265,7 @@ def paired_layers(
         measured_values[empty] = np.nan
         depth = np.log(np.where(empty, np.nan, totals))[:, None]
         if empty.any():
-            warnings.warn(
-                f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}",
-                stacklevel=3,
-            )
+            warn(f"{int(empty.sum())} spots have no counts and are left out, for example {table.obs_names[empty][0]!r}")
     known = np.ones(len(names), bool)
     available = [values for values in (predicted, measured_values) if values is not None]
     for values in available:
@@ -326,8 +320,7 @@ def domain_codes(spots: SpotData, domain_key: str, where: pd.DataFrame) -> tuple
             f"{ {name: int((values == name).sum()) for name in names} }"
         )
     if small_domains:
-        warnings.warn(
-            f"domains with fewer than {MIN_DOMAIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}",
-            stacklevel=3,
+        warn(
+            f"domains with fewer than {MIN_DOMAIN_SPOTS} spots in a section are left out there: {', '.join(small_domains)}"
         )
     return codes, names

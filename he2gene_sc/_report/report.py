@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from .._core import validate
 from .._core.elements import is_object
 from .._core.genes import columns_of
 from .._core.keys import PATIENT, SECTION, Keys
+from .._core.logs import warn
 from .._core.names import clean_names
 from .._core.predictions import gene_flags, predicted_table, predicting_model, record_of, symbols_of
 from .._core.spots import get_table
@@ -229,7 +229,7 @@ def _write_pages(frame: pd.DataFrame, path: Any, title: str | None, overwrite: b
             raise
         except Exception as error:  # noqa: BLE001 - a slide that fails must not stop the others
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"no report of {str(store)!r}: {reason}", stacklevel=3)
+            warn(f"no report of {str(store)!r}: {reason}")
             cells["report"] = f"none: {reason}"
         # A column without any text is left out.
         rows.append({name: value for name, value in cells.items() if value != ""})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import inspect
 import io
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,6 +15,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import check_key
+from .._core.logs import warn
 from .._core.mpp import check_mpp
 from .._core.names import check_spelling, clean_name_argument
 from .._core.stores import resolved
@@ -319,11 +319,9 @@ def _warn_of_duplicates(jobs: list[Job], models: list[Any]) -> None:
         others = seen.setdefault(resolved(job.path), [])
         for other, its_model in others:
             if its_model == model and replace(other, path=job.path, output=job.output) == job:
-                warnings.warn(
+                warn(
                     f"{str(other.path)!r} and {str(job.path)!r} are the same slide: it is predicted twice, and counts as two in "
-                    "comparisons of slides; remove a row",
-                    UserWarning,
-                    stacklevel=4,
+                    "comparisons of slides; remove a row"
                 )
                 break
         others.append((job, model))

@@ -16,6 +16,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.hints import use_mpp_hint
+from .._core.logs import warn
 from .._core.stores import resolved
 from .._settings import settings
 from ..io._files import check_new_file, put_file
@@ -211,11 +212,9 @@ class _Summary:
         except OSError as error:
             # Predicting goes on if the table cannot be written.
             if not self.lost:
-                warnings.warn(
+                warn(
                     f"`summary` {str(self.path)!r} cannot be written any more ({error}): it lacks finished slides. The table "
-                    "that hg.cohort.predict returns has them",
-                    UserWarning,
-                    stacklevel=3,
+                    "that hg.cohort.predict returns has them"
                 )
             self.lost = True
 

@@ -7,7 +7,6 @@ not part of this repository: see ``docs/reproduce.md``.
 from __future__ import annotations
 
 import gzip
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .._core import validate
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from ..io._files import described
 from ..io._st import fit_lattice, read_st
 from ..io._text import check_columns, check_header, check_once, read_table
@@ -153,7 +152,7 @@ class HBCISSections(LazySections):
                 f"({list(labels.index[:3])} and {list(counts.index[:3])}); check that the files belong together"
             )
         if problems:
-            warnings.warn(f"section {name!r}: {'; '.join(problems)}", stacklevel=3)
+            warn(f"section {name!r}: {'; '.join(problems)}")
         sdata = read_st(counts.loc[spots.index], spots, files["histology_image"], section=name, patient=row["patient"])
         check_inside(sdata, name, files["histology_image"], files["spot_coordinates"], _MAX_OUTSIDE)
         obs = sdata["table"].obs

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import summarize_values
 from .._core.keys import IMAGE
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.matrix import matrix_of
 from ..io._files import described
 from ..io._raster import image_element
@@ -151,10 +150,9 @@ def hest(
     there = metadata["species"].value_counts()
     if species is None and len(there) > 1:
         counted = ", ".join(f"{name} {n}" for name, n in there.items())
-        warnings.warn(
+        warn(
             f"the samples are of {len(there)} species ({counted}), whose genes have different names: hg.tl.train raises for them, "
-            "after encoding all; select one species, such as species='human'",
-            stacklevel=2,
+            "after encoding all; select one species, such as species='human'"
         )
     return HESTSections(folder, metadata)
 
@@ -254,7 +252,7 @@ def _usable(
 def _warn_left_out(names: Sequence[str], problem: str, advice: str) -> None:
     if len(names):
         text = f"{len(names)} {problem} and are left out: {validate.format_list(names)}; {advice}"
-        warnings.warn(text, stacklevel=4)
+        warn(text)
 
 
 def _metadata(root: Path) -> tuple[pd.DataFrame, str]:

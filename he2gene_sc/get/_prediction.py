@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -15,6 +14,7 @@ from .._core import validate
 from .._core.genes import columns_of, positions_of, symbols_in
 from .._core.keys import OWN_TABLE, Keys
 from .._core.lazy import is_large
+from .._core.logs import warn
 from .._core.matrix import dense, layer_label, layer_names, matrix_of
 from .._core.names import annotation_target
 from .._core.predictions import (
@@ -325,7 +325,7 @@ def _complete(values: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
     what = ("spots that were not predicted", "genes that are NaN for some spots")
     numbers = zip((len(rows), len(kept)), values.shape, what, strict=True)
     if left_out := [f"{total - n:,} of {total:,} {name}" for n, total, name in numbers if n < total]:
-        warnings.warn(f"left out of {where}: {', '.join(left_out)}", stacklevel=3)
+        warn(f"left out of {where}: {', '.join(left_out)}")
     return rows, kept
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from .._core import validate
+from .._core.logs import warn
 from ..image import FAULTS, faults, tissue_share
 from ..models import HE2Gene, load
 from ..models._ood import SlideFacts
@@ -180,7 +180,5 @@ class LazySlideModel(_LazySlideBase):
                 expression[rows, genes] = block
         if found.ood is not None and found.ood.verdict == "out of distribution":
             reasons = "; ".join(found.ood.reasons) or "it differs from the training slides"
-            warnings.warn(
-                f"the slide is out of distribution ({reasons}): do not trust the prediction", UserWarning, stacklevel=2
-            )
+            warn(f"the slide is out of distribution ({reasons}): do not trust the prediction")
         return dict(zip(self.genes, expression.T, strict=True))

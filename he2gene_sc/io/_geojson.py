@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +15,7 @@ from .._core.elements import check_spatialdata, find_shapes, match_rows, spot_el
 from .._core.genes import columns_of
 from .._core.images import find_image, spots_to_pixels
 from .._core.keys import Keys, check_key
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.matrix import dense, matrix_of
 from .._core.mpp import stored_mpp
 from .._core.names import annotation_target, check_spelling, clean_name, clean_names, names_of, stored_colours
@@ -243,9 +242,7 @@ def read_geojson(
         cause = unit or "the file belongs to another image, or the coordinates were scaled"
         raise ValueError(f"`path` {str(path)!r}: no polygon overlaps a spot. {spans}{cause}")
     if unit:
-        warnings.warn(
-            f"`path` {str(path)!r}: the labels are wrong if the coordinates are not pixels. {spans}{unit}", stacklevel=2
-        )
+        warn(f"`path` {str(path)!r}: the labels are wrong if the coordinates are not pixels. {spans}{unit}")
     categories = sorted(pd.unique(pd.Series(labels).dropna()))
     uns = {colors_key: [colors[name] for name in categories]} if set(categories) <= colors.keys() else {}
     column = pd.Series(pd.Categorical(labels, categories=categories), index=table.obs_names)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .._core import validate
 from .._core.hints import mpp_hint, use_mpp_hint
 from .._core.keys import ATTRS, IMAGE, check_key
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.mpp import attrs_with_mpp, check_mpp
 from ._decode import decode
 from ._raster import image_element
@@ -68,10 +67,9 @@ def read_he(path: str | Path, *, mpp: float | None = None, image_key: str = IMAG
     decoded = decode(validate.folder_or_file(path, "path"))
     found = mpp if mpp is not None else decoded.mpp
     if decoded.orientation != 1:
-        warnings.warn(
+        warn(
             f"image {image_key!r} is stored mirrored or rotated (orientation {decoded.orientation}) and was turned upright: "
-            "spots that refer to the stored pixels are misplaced",
-            stacklevel=2,
+            "spots that refer to the stored pixels are misplaced"
         )
     sdata = SpatialData(images={image_key: image_element(decoded.levels)})
     if found is not None:

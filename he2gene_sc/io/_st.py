@@ -12,7 +12,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.keys import ATTRS, IMAGE, INSTANCE, REGION, SPOTS, TABLE
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.mpp import attrs_with_mpp, check_mpp
 from .._core.names import clean_name_argument
 from ._decode import decode
@@ -185,10 +185,9 @@ def _labels_of(ids: pd.Index, labels: pd.Series, section: str) -> pd.Series:
             f"`labels` of section {section!r} has no label of any spot: its ids are {list(labels.index[:3])}, the spots {list(ids[:3])}"
         )
     if (missed := int((labels.notna() & ~labels.index.isin(ids)).sum())) > len(labels) / 2:
-        warnings.warn(
+        warn(
             f"section {section!r}: {missed} of {len(labels)} labels do not belong to a spot and are left out; check that the "
-            "files belong together",
-            stacklevel=3,
+            "files belong together"
         )
     return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import pandas as pd
 from .._core import validate
 from .._core.elements import Slide, check_spatialdata
 from .._core.keys import Keys
+from .._core.logs import warn
 from .._core.mpp import affine, length_scale, transform_points
 from .._core.names import check_text_names
 from .._core.predictions import predicted_table
@@ -245,10 +245,9 @@ def canvases(
         if len(names) > 1:
             return [Canvas(table[sections == name], name=str(name)) for name in names]
         if n := len(xy) - len(np.unique(xy, axis=0)):
-            warnings.warn(
+            warn(
                 f"`sdata`: {n} of {len(xy)} spots have the position of another spot, as if several slides overlap; write the "
-                f"name of the slide of each spot to obs[{SECTION!r}]",
-                stacklevel=3,
+                f"name of the slide of each spot to obs[{SECTION!r}]"
             )
         return [Canvas(table)]
     record = table.uns[Keys(prediction_key).uns]

@@ -10,7 +10,7 @@ import numpy as np
 from .._core import logs, validate
 from .._core.element_results import check_element_free, write_element
 from .._core.images import check_image, find_image, pyramid_of
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.rasters import systems_of
 from ..image import read_reduced, tissue_pixels
 
@@ -144,11 +144,10 @@ def _detect(
     n_lost = structure[left_out].sum()
     lost = n_lost / max(1, structure.sum())
     if lost > _MUCH_LOST and n_lost > _PIECE * mask.size:
-        warnings.warn(
+        warn(
             f"method {used!r} leaves out {100 * lost:.0f} % of the stained structure on image {image_key!r}: pale tissue, such as fat, "
             "would get no spots. Check the mask with hg.pl.tissue(sdata). If tissue is missing, run "
-            "hg.pp.tissue(sdata, method='glass')",
-            stacklevel=3,
+            "hg.pp.tissue(sdata, method='glass')"
         )
     return mask, used
 
@@ -182,10 +181,9 @@ def _warn_of_ink(thumbnail: np.ndarray, mask: np.ndarray, image_key: str) -> Non
     for colour, ink in inks.items():
         share = (ink & mask).sum() / max(1, mask.sum())
         if share > _INK_SHARE:
-            warnings.warn(
+            warn(
                 f"{100 * share:.0f} % of the tissue mask of image {image_key!r} is {colour}: spots there would be predicted from "
-                "ink. Check the mask with hg.pl.tissue(sdata) and remove these areas",
-                stacklevel=3,
+                "ink. Check the mask with hg.pl.tissue(sdata) and remove these areas"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from .._core import validate
 from .._core.expression import Scale
 from .._core.keys import OWN_TABLE, Keys, check_key
 from .._core.lazy import is_large
+from .._core.logs import warn
 from .._core.matrix import dense, in_columns, matrix_of
 from .._core.ownership import check_free, is_prediction, recorded_keys
 from .._core.predictions import adaptation_spots, prediction_of, source_layer
@@ -180,10 +180,9 @@ def adapt(
     if keys.annotation in table.obs:
         classes = pd.Categorical(table.obs[keys.annotation].astype(object))
     elif keys.annotation in recorded_keys(keys.uns, table.uns.get(keys.uns)).get("obs", ()):
-        warnings.warn(
+        warn(
             f"obs[{keys.annotation!r}], which hg.tl.predict wrote, is missing: the correction is not limited in classes without "
-            "measured spots; keep the column, or predict again",
-            stacklevel=2,
+            "measured spots; keep the column, or predict again"
         )
     expression, residuals, support, gain, weights = _adapt_sections(
         table, predicted, truth, columns, rows, keys, classes, seed
@@ -287,10 +286,9 @@ def _warn_of_unrepresented(
             str(name) for name in classes.categories if name not in known and (unrepresented & (classes == name)).any()
         ]
     hint = f", also of class {', '.join(map(repr, unmeasured))}" if unmeasured else ""
-    warnings.warn(
+    warn(
         f"`measured`: the measured spots do not represent {', '.join(where)} others, which are far from them, look different or are of "
-        f"another class; these keep most of their prediction; measure spots across the section{hint}",
-        stacklevel=3,
+        f"another class; these keep most of their prediction; measure spots across the section{hint}"
     )
 
 

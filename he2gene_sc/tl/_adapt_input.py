@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale, log_expression
 from .._core.genes import columns_of as named_columns
+from .._core.logs import warn
 from .._core.matrix import layer_names, values_of
 from .._core.predictions import record_of_layer, symbols_of
 
@@ -79,7 +79,7 @@ def measured_of(
     )
     empty = mask & (np.asarray(np.nan_to_num(values.sum(axis=1), nan=1)).ravel() == 0)
     if empty.any():
-        warnings.warn(f"{int(empty.sum())} measured spots have no counts and are treated as not measured", stacklevel=3)
+        warn(f"{int(empty.sum())} measured spots have no counts and are treated as not measured")
     truth[~mask | empty] = np.nan
     return truth
 
@@ -169,5 +169,5 @@ def rows_of(truth: np.ndarray, sections: np.ndarray, inside: np.ndarray) -> dict
             "`measured`: no predicted gene is measured at a spot that has a prediction; measure other spots or genes"
         )
     if unmeasured:
-        warnings.warn(f"section(s) {unmeasured} have no measured spots and get NaN", stacklevel=3)
+        warn(f"section(s) {unmeasured} have no measured spots and get NaN")
     return rows

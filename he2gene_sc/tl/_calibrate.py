@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,7 @@ import pandas as pd
 
 from .._core import validate
 from .._core.expression import MAX_LOG, Scale, summarize_values
+from .._core.logs import warn
 from .._core.names import clean_names
 from .._core.predictions import record_of_layer
 from ..stats import LEVELS, MIN_GROUPS
@@ -219,10 +219,9 @@ def calibrate(
             f"{MIN_GROUPS} for a guarantee. To calibrate for new sections of one patient, use sample_key='section'"
         )
     if len(names) < MIN_GROUPS:
-        warnings.warn(
+        warn(
             f"`data` has {len(names)} values of {sample_key!r}. With fewer than {MIN_GROUPS}, the coverage for a new one is not "
-            "guaranteed, and is often below the nominal value",
-            stacklevel=2,
+            "guaranteed, and is often below the nominal value"
         )
     all_spots, parts, detected, means = np.ones(len(codes), bool), [], [], []
     levels = np.zeros(len(names))
@@ -313,17 +312,15 @@ def _warn_of_origin(calibration: Calibration, table: AnnData, layer: str) -> Non
     """Warn if the slide was used for the calibration, or if another model made the prediction."""
     names = set(clean_names(table.obs[calibration.unit])) if calibration.unit in table.obs else set()
     if known := sorted(names & set(calibration.groups)):
-        warnings.warn(
+        warn(
             f"`data`: {calibration.unit}s {validate.format_list(known)} were used for the `calibration`: the intervals cover more "
-            "there than in new ones, so coverage measured there is optimistic; leave them out of `data` or of the calibration",
-            stacklevel=4,
+            "there than in new ones, so coverage measured there is optimistic; leave them out of `data` or of the calibration"
         )
     digest = model_digest(table, layer)
     if digest and len(calibration.models) == 1 and digest not in calibration.models:
-        warnings.warn(
+        warn(
             f"`layer` {layer!r} was predicted by another model than that of the `calibration`, so its residuals do not apply and the "
-            "coverage is unknown; calibrate again: hg.tl.calibrate(data, layer=...)",
-            stacklevel=4,
+            "coverage is unknown; calibrate again: hg.tl.calibrate(data, layer=...)"
         )
 
 
@@ -340,9 +337,8 @@ def warn_of_level(calibration: Calibration, means: np.ndarray, positions: np.nda
     low, high = calibration.spread
     if low / _LEVEL_FACTOR <= ratio <= high * _LEVEL_FACTOR:
         return
-    warnings.warn(
+    warn(
         f"`layer`: the values of {layer!r} are on average {ratio:.2f} times those of the slides of the `calibration` (over its "
         f"{calibration.unit}s: {low:.2f} to {high:.2f} times). It is on another scale (logarithms to base 2: 1.44 times, to base 10: 0.43) or "
-        "of another model, so the coverage is below the nominal value; convert the layer to that scale, or calibrate again",
-        stacklevel=3,
+        "of another model, so the coverage is below the nominal value; convert the layer to that scale, or calibrate again"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +12,7 @@ import pandas as pd
 from .._core import validate
 from .._core.expression import Scale
 from .._core.genes import find_genes
+from .._core.logs import warn
 from .._core.spots import SpotData, spots_of
 from ..stats import neighbour_weights, pearson, pitch_of
 from ..stats._baselines import position
@@ -168,10 +168,9 @@ def shared_spots(
             f"`{parameter}`: none of the {len(names)} sections has {MIN_SPOTS} measured spots that every layer predicts"
         )
     if not kept.all():
-        warnings.warn(
+        warn(
             f"`{parameter}`: [{validate.format_list(names[np.unique(units[~kept])])}] have fewer than {MIN_SPOTS} spots that every layer "
-            "predicts and are left out under every protocol",
-            stacklevel=3,
+            "predicts and are left out under every protocol"
         )
     return [pair[0].take(kept) for pair in taken], taken[0][1].take(kept)
 
@@ -183,9 +182,8 @@ def _warn_of_shared(pairs: Sequence[tuple[SpotData, SpotData]], truth: SpotData,
     if panel is not None and len(panel) < genes:
         lost.append(f"{len(panel):,} of {genes:,} genes")
     if lost:
-        warnings.warn(
-            f"`layers` predict different spots or genes; they are compared on those that all predict: {' and '.join(lost)}",
-            stacklevel=3,
+        warn(
+            f"`layers` predict different spots or genes; they are compared on those that all predict: {' and '.join(lost)}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pandas as pd
 
 from .._core.genes import find_genes, match_genes
 from .._core.keys import Keys
+from .._core.logs import warn
 from .._core.matrix import in_columns
 from .._core.ownership import is_record_of
 from .._core.predictions import predicting_model, symbols_of
@@ -76,10 +76,9 @@ def adapted_intervals(record: Any, coverage: float, by: str | None, n_vars: int)
             "`by` is 'level', but an adapted layer has no residuals by predicted level; use by=None, or the layer of the prediction"
         )
     if by == "detected":
-        warnings.warn(
+        warn(
             "`by` is 'detected', but an adapted layer has no residuals of the spots that express a gene. The intervals are those of "
-            "all spots, so they cover fewer of the expressing spots; use the layer of the prediction, or by=None",
-            stacklevel=3,
+            "all spots, so they cover fewer of the expressing spots; use the layer of the prediction, or by=None"
         )
     if "residual_quantiles" not in record:
         raise ValueError("`layer`: hg.tl.adapt stored no residuals with it; run hg.tl.adapt again")
@@ -121,7 +120,7 @@ def _check_measured(
         f"{int(adapted.sum()):,} adapted genes were measured at fewer"
     )
     if known.any():
-        warnings.warn(f"`coverage`: {message} and get no interval", stacklevel=4)
+        warn(f"`coverage`: {message} and get no interval")
         return
     finite = levels[np.isfinite(quantiles[:, adapted]).any(1)]
     most = 1 - 2 * max(finite.min(), 1 - finite.max())
@@ -159,9 +158,8 @@ def model_intervals(
     class_specific = [bool(n.any()) and by == "annotation" for n in model.tensors["intervals.groups"][1:]]
     codes = np.zeros(table.n_obs, int)
     if by == "annotation" and model.card.classes and keys.annotation not in table.obs:
-        warnings.warn(
-            f"`by` is 'annotation', but obs[{keys.annotation!r}], which hg.tl.predict wrote, is missing: intervals are those of all spots",
-            stacklevel=4,
+        warn(
+            f"`by` is 'annotation', but obs[{keys.annotation!r}], which hg.tl.predict wrote, is missing: intervals are those of all spots"
         )
     used = [specific and keys.annotation in table.obs for specific in class_specific]
     if any(used):
@@ -193,10 +191,9 @@ def calibration_intervals(
         )
     n_absent = len(calibration.genes) - len(columns)
     if calibration.layer_scale == "counts" and n_absent:
-        warnings.warn(
+        warn(
             f"`data` lacks {n_absent:,} of {len(calibration.genes):,} genes of the `calibration`: their counts are missing in the "
-            "library sizes, so the intervals do not fit the normalised values; keep these genes in `data`",
-            stacklevel=3,
+            "library sizes, so the intervals do not fit the normalised values; keep these genes in `data`"
         )
     residuals = _Residuals(
         "`calibration`",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ from .._core.expression import as_logs
 from .._core.genes import find_genes, symbols_in
 from .._core.keys import Keys
 from .._core.lazy import genes_at_once
+from .._core.logs import warn
 from .._core.matrix import dense, indexable_matrix
 from .._core.ownership import check_free
 from .._core.predictions import check_layer_unchanged, predicted_layer, record_of
@@ -161,17 +161,16 @@ def intervals(
         and source.facts["guarantee"] == "none"
         and (calibration is None or len(calibration.groups) >= MIN_GROUPS)
     ):
-        warnings.warn(_no_guarantee(source.facts, coverage), stacklevel=2)
+        warn(_no_guarantee(source.facts, coverage))
     n_bytes = 2 * 4 * table.n_obs * table.n_vars
     layers: dict[str, np.ndarray] = {}
     if n_bytes <= settings.memory_limit:
         layers = {key: np.full(table.shape, np.nan, np.float32) for key in (lower, upper)}
     else:
-        warnings.warn(
+        warn(
             f"the two layers need {n_bytes / 2**20:,.3g} MiB, more than hg.settings.memory_limit "
             f"({settings.memory_limit / 2**20:,.3g} MiB): only var[{halfwidth_key!r}] is written; raise the limit, or subset "
-            "the genes first",
-            stacklevel=2,
+            "the genes first"
         )
     halfwidth = np.full(table.n_vars, np.nan, np.float32)
     known = np.flatnonzero(source.known)
@@ -193,10 +192,9 @@ def intervals(
         rare = var[rare_key] = source.rare & source.known
         if rare.any():
             spots = "training" if adapted is None and calibration is None else "measured"
-            warnings.warn(
+            warn(
                 f"{int(rare.sum()):,} of {int(source.known.sum()):,} genes were detected in fewer than {RARE_SHARE:.0%} of the "
-                f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{rare_key!r}] marks them",
-                stacklevel=2,
+                f"{spots} spots: their intervals mean 'not detected' and cover few of the spots that express them, at any coverage; var[{rare_key!r}] marks them"
             )
     params = {"coverage": float(coverage), "layer": layer, "by": by}
     params["prediction_key"] = prediction_key if calibration is None else None

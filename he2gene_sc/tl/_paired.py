@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from .._core.duplicates import warn_of_copied_spots
 from .._core.expression import Scale
 from .._core.keys import PATIENT, SECTION
 from .._core.labelled import labelled_spots, measured_part
+from .._core.logs import warn
 from .._core.matrix import layer_label
 from .._core.predictions import bundled_model, record_of_layer, source_layer
 from .._core.provenance import known_training_sections
@@ -57,7 +57,7 @@ def paired_spots(
         raise ValueError(
             f"`layer` {layer!r} was fitted by hg.tl.adapt to spots that are measured here; pass the layer that it was adapted from"
         )
-    warn_of_training_sections(spots, parameter, "its errors are too small there", stacklevel=4)
+    warn_of_training_sections(spots, parameter, "its errors are too small there")
     spots = labelled_spots(spots, None, layer_scale=layer_scale)
     truth, has_counts = measured_part(spots, measured, measured_scale, "counts")
     if not has_counts.any():
@@ -70,13 +70,12 @@ def paired_spots(
     return pair
 
 
-def warn_of_training_sections(spots: SpotData, parameter: str, consequence: str, stacklevel: int) -> None:
+def warn_of_training_sections(spots: SpotData, parameter: str, consequence: str) -> None:
     """Warn of sections that a model was trained on, if known."""
     if trained := sections_trained_on(spots):
         models = ", ".join(sorted(set(trained.values())))
-        warnings.warn(
-            f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so {consequence}; leave these sections out",
-            stacklevel=stacklevel,
+        warn(
+            f"`{parameter}`: sections {sorted(trained)} are in the training set of {models}, so {consequence}; leave these sections out"
         )
 
 

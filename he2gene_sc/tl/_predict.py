@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from .._core.fill import StackedPredictions, check_fillable, fill_table, pool_re
 from .._core.genes import match_genes
 from .._core.keys import REGION_FACTS, TABLE, Keys, check_key
 from .._core.lazy import is_large
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.own_table import check_new_table, make_table, put_table
 from .._core.placement import check_on_tissue
 from .._core.predictions import IF_NONE_RELIABLE, describe_reliable, find_features, gene_flags, head_digest, summary_of
@@ -313,11 +312,10 @@ def _warn_of_slides(
         if result.ood is not None and result.ood.reasons
     ]
     if reasons:
-        warnings.warn(
+        warn(
             f"out of distribution, unlike what the model was trained on: {', '.join(reasons)}. Check the tissue, the stain (H&E, not "
             "fluorescence or IHC), the µm/px, and that the spots are on tissue, not on blank glass. If all are right, do not trust "
-            "this prediction: its spots are not annotated, and no gene is called reliable",
-            stacklevel=3,
+            "this prediction: its spots are not annotated, and no gene is called reliable"
         )
     new = [
         repr(slide.shapes_key)
@@ -325,11 +323,10 @@ def _warn_of_slides(
         if declared_known and result.ood is not None and result.ood.verdict == "new"
     ]
     if new:
-        warnings.warn(
+        warn(
             f"`known_patient` is True, but {', '.join(new)} looks like a new patient. If it is one, fewer genes are reliable than "
             f"var[{keys.reliable!r}] marks. Compare the patients on the card of the model with yours, or predict with "
-            "known_patient=False",
-            stacklevel=3,
+            "known_patient=False"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from .._core.expression import Scale
 from .._core.genes import current_symbols, find_genes
 from .._core.keys import check_key
 from .._core.labelled import labelled_spots
-from .._core.logs import logger
+from .._core.logs import logger, warn
 from .._core.matrix import in_columns, values_of
 from .._core.ownership import check_free
 from .._core.predictions import record_of_layer
@@ -305,10 +304,9 @@ def _current_genes(genes: str) -> list[tuple[str, str]]:
 def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None:
     if len(left_out):
         sets = [f"{name} ({row.n_predicted} of {row.n_genes})" for name, row in left_out.iterrows()]
-        warnings.warn(
+        warn(
             f"`net`: sets with fewer than {min_genes} genes in the layer, or with all of them, are left out: "
-            f"{validate.format_list(sets)}",
-            stacklevel=3,
+            f"{validate.format_list(sets)}"
         )
     for evidence, sets in results["source"].groupby(results["evidence"], sort=False):
         if not str(evidence).startswith(_UNKNOWN):
@@ -320,4 +318,4 @@ def _warn(left_out: pd.DataFrame, min_genes: int, results: pd.DataFrame) -> None
                 "`held_out` is not given, and the model was not trained with them. Pass slides that were predicted and measured, "
                 "of patients that the model was not trained on: hg.tl.programmes(data, net, held_out=slides)"
             )
-        warnings.warn(f"the accuracy of the score of {names} is unknown, and none is reliable: {reason}", stacklevel=3)
+        warn(f"the accuracy of the score of {names} is unknown, and none is reliable: {reason}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 
+from ..._core.logs import warn
 from .registry import EncoderSpec
 
 #: Ratio of scales above which a window is reported as too coarse or too fine.
@@ -52,11 +52,10 @@ def warn_of_scale(spec: EncoderSpec, windows_um: Sequence[float], tiles: Sequenc
     ]
     if mismatched:
         fitting = ", ".join(f"{scale * spec.input_px:g}" for scale in spec.scales)
-        warnings.warn(
+        warn(
             f"encoder {spec.name!r} was trained at {_format_list(spec.scales)} µm/px. `windows_um` of {_format_list(mismatched)} "
             f"show it {_format_list(input_mpp[um] for um in mismatched)} µm/px at its input of {spec.input_px} px, so its features "
-            f"may be poor. Windows of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)",
-            stacklevel=3,
+            f"may be poor. Windows of {fitting} µm would fit, for example preset=hg.DefaultRecipe(windows_um=...)"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +13,7 @@ from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part
+from ..._core.logs import warn
 from ..._core.names import column_of
 from ..._core.ownership import check_free
 from ..._core.provenance import are_reliable, circularity
@@ -202,10 +202,7 @@ def biomarkers(
         # Method "ppi": depth of the measured spots corrects the predictions too, whatever depth effect they contain.
         run |= {"measured": known}
         depth = known_depth
-    parts = []
-    for half in halves:
-        # A comprehension would be one more frame between a warning and the caller, on Python 3.11.
-        parts.append(compare(half, depth=depth, **run))
+    parts = [compare(half, depth=depth, **run) for half in halves]
     results = adjust_pvalues(pd.concat([frame for frame, _ in parts], ignore_index=True), design.adjust_over)
     results.attrs.clear()
     results["method"] = chosen.label
@@ -285,4 +282,4 @@ def _warn_of_limits(results: pd.DataFrame, chosen: Method, circular: str, depth_
             "14 % with 2), if some genes vary much more between samples than others. Add samples: it is 5 to 6 % with 4"
         )
     for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=3)
+        warn(message)

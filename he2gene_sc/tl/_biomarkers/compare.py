@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from ..._core import validate
-from ..._core.logs import logger
+from ..._core.logs import logger, warn
 from ..._core.names import clean_name_argument
 from ..._core.spots import SpotData
 from ..._core.validate import format_list
@@ -104,21 +103,19 @@ def compare(
     if faults and (groups is not None or not tests):
         raise ValueError(faults[0])
     if faults:
-        warnings.warn(f"groups are left out: {'; '.join(faults)}", UserWarning, stacklevel=3)
+        warn(f"groups are left out: {'; '.join(faults)}")
     every = pd.concat(tests, ignore_index=True)
     every.attrs["doubts"] = [f"{group!r}: {outcome.doubt}" for group, outcome in doubtful.items()]
     every.attrs["doubts"] += [f"{group!r}: {found}" for group, found in confounded.items()]
     if confounded:
         first, *others = confounded
         like = f"; similarly for {format_list(map(repr, others))}" if others else ""
-        warnings.warn(
+        warn(
             f"groups and sections are confounded: {confounded[first]}{like}. Differences between sections, as in staining, appear as "
-            "differences between groups. Use one section of each sample that has both groups, or only sections with similar shares",
-            UserWarning,
-            stacklevel=3,
+            "differences between groups. Use one section of each sample that has both groups, or only sections with similar shares"
         )
     if doubtful:
-        warnings.warn(_describe_doubts(doubtful), UserWarning, stacklevel=3)
+        warn(_describe_doubts(doubtful))
     return every, pd.concat(differences)
 
 
@@ -278,7 +275,7 @@ def _groups(cells: Cells, groups: Sequence[str] | None, reference: str, chosen: 
     if bad and (groups is not None or len(bad) == len(wanted)):
         raise ValueError(f"`{'groupby' if groups is None else 'groups'}`: {bad[0]}")
     if bad:
-        warnings.warn(f"groups are left out: {'; '.join(bad)}", UserWarning, stacklevel=4)
+        warn(f"groups are left out: {'; '.join(bad)}")
     return [group for group in wanted if not faults[group]]
 
 

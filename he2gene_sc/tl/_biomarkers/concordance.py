@@ -16,6 +16,7 @@ from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
 from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part
+from ..._core.logs import warn
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
 from ..._core.provenance import are_reliable, circularity
@@ -126,7 +127,7 @@ def concordance(
     for table in spots.tables:
         check_free(table, "concordance", key_added)
     tables = spots.tables
-    warn_of_training_sections(spots, "data", "the agreement is too high", stacklevel=3)
+    warn_of_training_sections(spots, "data", "the agreement is too high")
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale)
     known, seen = measured_part(spots, measured, measured_scale)
     if not seen.any():
@@ -157,17 +158,15 @@ def concordance(
     if lost:
         messages.append(f"{nothing}; these groups are left out")
     for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=2)
+        warn(message)
     genes["reliable"] = are_reliable(genes["names"], tables, layer)
     table = _scores(genes, lengths, fdr)
     none = table.loc[(table["genes"] == "all") & (table["n_significant"] == 0), "group"].tolist()
     if none:
-        warnings.warn(
+        warn(
             f"`groupby`: no measured gene is significant in {validate.format_list(map(repr, none))}. Prediction and measurement share "
             "chance differences there, since they are of the same spots, so spearman and sign_agreement are not evidence of biomarkers "
-            "in these groups",
-            UserWarning,
-            stacklevel=2,
+            "in these groups"
         )
     table["predictor"] = layer
     fields = reference_fields.fields(data, tables, known, layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..._core.logs import logger
+from ..._core.logs import logger, warn
 from ..._core.spots import SpotData
 from .contrast import MIN_SPOTS
 
@@ -47,10 +46,9 @@ def cross_fitted_halves(
     agreement = _check_agreement(min(agreements))
     share, group = min(worst)
     if share < _MIN_AGREEMENT and agreement >= _GOOD_AGREEMENT:
-        warnings.warn(
+        warn(
             f"`cross_fit`: of the spots that are {group!r} by the given or the new label, only {share:.0%} have both. P-values of this "
-            "group may be too small: other factors that counts and image share, such as cell density, can appear as a difference",
-            stacklevel=3,
+            "group may be too small: other factors that counts and image share, such as cell density, can appear as a difference"
         )
     return halves, agreement
 
@@ -83,10 +81,9 @@ def _check_agreement(agreement: float) -> float:
             "with cross_fit=False"
         )
     if agreement < _GOOD_AGREEMENT:
-        warnings.warn(
+        warn(
             f"{message}. Below {_GOOD_AGREEMENT:.0%}, p-values may be too small: other factors that counts and image share, such as "
-            "cell density, can appear as a difference",
-            stacklevel=4,
+            "cell density, can appear as a difference"
         )
     logger.info("biomarkers: cross-fitted labels agree with those given in %.1f %% of the spots", 100 * agreement)
     return agreement

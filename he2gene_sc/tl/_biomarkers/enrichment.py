@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from scipy import stats
 from ..._core import validate
 from ..._core.elements import is_object
 from ..._core.keys import check_key
+from ..._core.logs import warn
 from ..._core.ownership import check_free
 from ..._core.results import find_results, write_result
 from ...get._results import biomarkers as get_biomarkers
@@ -141,20 +141,16 @@ def enrichment(
     results["pvals_adj_samples"] = _test_over_samples(results, frame, sets, targets[0].uns[key] if targets else None)
     results["method"] = method
     if method == "ora" and "n_up" not in kwargs:
-        warnings.warn(
+        warn(
             "`method` 'ora': without `n_up` decoupler 2.2 selects the upper 95 % of the genes, not the top 5 %; pass n_up=, the number "
-            "of genes that are not selected",
-            UserWarning,
-            stacklevel=2,
+            "of genes that are not selected"
         )
     circular = frame.groupby("group")["circular"].any() if "circular" in frame else pd.Series(dtype=bool)
     results["circular"] = results["group"].map(circular).fillna(False).astype(bool)
     if results["circular"].any():
-        warnings.warn(
+        warn(
             "the biomarkers are circular, so their statistics and those of the gene sets are too large; see hg.tl.biomarkers for "
-            "labels that are valid",
-            UserWarning,
-            stacklevel=2,
+            "labels that are valid"
         )
     params = {
         "key": key,

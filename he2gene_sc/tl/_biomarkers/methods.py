@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ... import stats
+from ..._core.logs import warn
 from .contrast import MIN_SPOTS, Contrast
 from .depth_check import doubt_over_parts, doubt_over_samples, section_parts
 from .design import Design, read_cells, read_covariate
@@ -206,10 +207,8 @@ def _ppi(contrast: Contrast) -> Outcome:
             f"{len(both)} and {int(only.sum())}"
         )
     if len(both) < stats.MIN_PVALUES:
-        warnings.warn(
-            f"method 'ppi' has {len(both)} measured samples, but p-values need {stats.MIN_PVALUES}: pvals are NaN; ci_low and ci_high are valid",
-            UserWarning,
-            stacklevel=5,
+        warn(
+            f"method 'ppi' has {len(both)} measured samples, but p-values need {stats.MIN_PVALUES}: pvals are NaN; ci_low and ci_high are valid"
         )
     rows = pd.Index(known.samples[known.paired]).get_indexer(both)
     predicted = contrast.differences

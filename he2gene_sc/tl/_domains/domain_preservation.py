@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from ..._core.duplicates import check_duplicate_sections, check_duplicate_spots,
 from ..._core.expression import Scale
 from ..._core.keys import OWN_TABLE, Keys, check_key
 from ..._core.labelled import domain_codes, paired_layers
+from ..._core.logs import warn
 from ..._core.names import stored_colours
 from ..._core.ownership import check_free
 from ..._core.predictions import prediction_of
@@ -268,20 +268,18 @@ def _score_section(
     labelled = codes[spots] >= 0
     n_found = len(np.unique(codes[spots][labelled]))
     if n_found < 2:
-        warnings.warn(f"section {section!r} has fewer than two domains and is skipped", UserWarning, stacklevel=3)
+        warn(f"section {section!r} has fewer than two domains and is skipped")
         return None
     n = n_found if settings.n_domains == "match" else int(settings.n_domains)
     if n >= len(spots):
         raise ValueError(f"`n_domains` is {n}, but section {section!r} has {len(spots)} spots; pass a smaller number")
     shifts = stats.admissible_shifts(xy[spots][labelled], n_max=settings.n_perms, seed=seeds[0])
     if len(shifts) < 20:
-        warnings.warn(
+        warn(
             f"section {section!r} has only {len(shifts)} admissible shifts: no p-value can be below {1 / (len(shifts) + 1):.2g}"
             if len(shifts)
             else f"No p-value for section {section!r}: no shift keeps {stats.MIN_OVERLAP:.0%} of the labelled spots on other spots. Likely "
-            "reasons: no lattice, few spots, many unlabelled spots.",
-            UserWarning,
-            stacklevel=3,
+            "reasons: no lattice, few spots, many unlabelled spots."
         )
     kinds = []
     for name in ("predicted", "measured"):
@@ -305,11 +303,9 @@ def _score_section(
         kinds.append(Labels("annotation head", [head], trained_on_labels=True))
     others = [k.name for k in kinds if not k.trained_on_labels and any(len(np.unique(x)) != n for x in k.labelings)]
     if others:
-        warnings.warn(
+        warn(
             f"section {section!r}: {clustering} could not produce exactly {n} clusters for {', '.join(others)}; the closest number is used"
-            + ("; use clustering='kmeans' for the exact number" if clustering == "leiden" else ""),
-            UserWarning,
-            stacklevel=3,
+            + ("; use clustering='kmeans' for the exact number" if clustering == "leiden" else "")
         )
     lines = list(score(xy[spots], codes[spots], shifts, seeds[0], kinds))
     if "predicted" in spaces and "measured" in spaces:

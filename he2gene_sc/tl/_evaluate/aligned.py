@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from ..._core import validate
 from ..._core.elements import find_table
 from ..._core.expression import Scale, as_logs, log_expression
 from ..._core.keys import OWN_TABLE, PATIENT, SECTION, Keys
+from ..._core.logs import warn
 from ..._core.matrix import take, values_of
 from ..._core.names import annotation_target, column_of, names_of
 from ..._core.predictions import symbols_of
@@ -142,9 +142,8 @@ def align_expression(
     rows, source_rows = rows[kept], source_rows[kept]
     trained_on = known_training_sections(layer.record, layer.model, sections)
     if trained_on:
-        warnings.warn(
-            f"sections {trained_on} are in the training set of {layer.record.get('model')}: their metrics are optimistic",
-            stacklevel=3,
+        warn(
+            f"sections {trained_on} are in the training set of {layer.record.get('model')}: their metrics are optimistic"
         )
     mean, panels = np.full(len(columns), np.nan), {"all genes": np.ones(len(columns), bool)}
     if other_scale is None:
@@ -184,10 +183,9 @@ def _select_spots(
             "left for the comparison"
         )
     if layer.fitted_on is None:
-        warnings.warn(
+        warn(
             f"layer {layer.name!r} was adapted by an older version that did not record the fitted spots. They are included in the "
-            "comparison, so the metrics are optimistic; run hg.tl.adapt again",
-            stacklevel=4,
+            "comparison, so the metrics are optimistic; run hg.tl.adapt again"
         )
     sizes = pd.Series(section[used].astype(str)).value_counts().sort_index()
     small = sizes.index[sizes < MIN_SPOTS]
@@ -198,10 +196,7 @@ def _select_spots(
             f"{' and not used by hg.tl.adapt' * layer.adapted}; found {int(used.sum())} spots, by section: {found}"
         )
     if len(small):
-        warnings.warn(
-            f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out",
-            stacklevel=4,
-        )
+        warn(f"sections [{validate.format_list(map(repr, small))}] have fewer than {MIN_SPOTS} spots and are left out")
     in_small = np.isin(section.astype(str), small)
     n_left_out = {
         "spots not predicted (outside the image)": int((~has_prediction).sum()),
@@ -283,5 +278,5 @@ def class_probabilities(aligned: AlignedExpression, annotation_key: str) -> tupl
         )
     if len(unknown):
         counts = validate.format_list(f"{label!r}: {n}" for label, n in unknown.items())
-        warnings.warn(f"spots with labels that are not classes of the model are left out: {{{counts}}}", stacklevel=3)
+        warn(f"spots with labels that are not classes of the model are left out: {{{counts}}}")
     return proba, codes, int(unknown.sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from ..._core import validate
 from ..._core.duplicates import warn_of_copy
 from ..._core.expression import SCALES, Scale
 from ..._core.keys import SECTION, Keys, check_key
+from ..._core.logs import warn
 from ..._core.ownership import check_free
 from ..._core.results import write_result
 from ..._core.spots import has_samples
@@ -224,10 +224,7 @@ def evaluate(
     predictors, skipped = baseline_predictors(data, aligned, baselines, annotation_key)
     by_section, pooled = compute_metrics(aligned, predictors, n_splits=n_splits, seed=seed)
     if np.isnan(aligned.mean).all() and not is_other:
-        warnings.warn(
-            "the training means of the genes are unknown, so skill is NaN: predict again, or name the `model`",
-            stacklevel=2,
-        )
+        warn("the training means of the genes are unknown, so skill is NaN: predict again, or name the `model`")
     left_out["genes constant on either side, pooled"] = int(np.isnan(pooled[aligned.predictor]["pearson"]).sum())
     of_model, of_baselines = gene_tables(aligned, by_section, pooled, samples)
     facts |= {
