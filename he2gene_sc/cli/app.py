@@ -171,8 +171,6 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Cross-validate presets and baselines by section or patient of a data set; write table and figure."""
-    from ..benchmark import cross_validation
-    from ..benchmark import report as benchmark_report
     from ..io._files import check_folder, check_own_files
     from .training_file import read_toml, train_options
 
@@ -183,6 +181,10 @@ def benchmark(
         check_folder(cache, "--cache")
     if data not in ("her2st", "hbcis"):
         raise ValueError(f"--data is {data!r}, valid: ['her2st', 'hbcis']")
+    # Heavy imports, after the checks.
+    from ..benchmark import cross_validation
+    from ..benchmark import report as benchmark_report
+
     if data == "her2st":
         source = cross_validation.her2st(section)
     elif root is None:

@@ -91,6 +91,8 @@ def adapt(
 
 def _directions(predicted: np.ndarray) -> np.ndarray:
     """Orthonormal directions ``(g, k)`` in gene space along which predictions vary between spots."""
+    if not predicted.shape[1]:
+        return np.empty((0, 0), np.float32)
     some = predicted[:: -(-len(predicted) // _DIRECTION_SPOTS)]
     centred = some - some.mean(0)
     values, vectors = np.linalg.eigh((centred @ centred.T).astype(float))
@@ -231,8 +233,9 @@ class _Section:
         ``hidden`` are spots and genes that are treated as not measured.
         """
         k = self.loadings.shape[1]
-        values = self.residual.copy()
+        values = self.residual
         if hidden:
+            values = values.copy()
             values[np.ix_(*hidden)] = np.nan
         known = np.isfinite(values)
         scores = np.full((len(values), k), np.nan)

@@ -29,14 +29,14 @@ _BLOCK = 4_000_000
 
 def agreement(domains: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     """Agreement of clusters with domains (scikit-learn): ``ari, nmi, ami, homogeneity, completeness``."""
-    scores = {
-        "ari": metrics.adjusted_rand_score,
-        "nmi": metrics.normalized_mutual_info_score,
-        "ami": metrics.adjusted_mutual_info_score,
-        "homogeneity": metrics.homogeneity_score,
-        "completeness": metrics.completeness_score,
+    homogeneity, completeness, _ = metrics.homogeneity_completeness_v_measure(domains, clusters)
+    return {
+        "ari": float(metrics.adjusted_rand_score(domains, clusters)),
+        "nmi": float(metrics.normalized_mutual_info_score(domains, clusters)),
+        "ami": float(metrics.adjusted_mutual_info_score(domains, clusters)),
+        "homogeneity": float(homogeneity),
+        "completeness": float(completeness),
     }
-    return {name: float(score(domains, clusters)) for name, score in scores.items()}
 
 
 def silhouette(features: np.ndarray, domains: np.ndarray) -> float:

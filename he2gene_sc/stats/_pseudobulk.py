@@ -76,6 +76,7 @@ def squeeze_variance(
     variances differ only by chance, 0 for a single gene. The fit uses ``reliable`` genes (a mask); outside their range, s0² is
     proportional to ``alike``.
     """
+    _check_alike(alike, len(variances))
     variances = np.asarray(variances, np.float64)
     if len(variances) < 2:
         return variances.copy(), float(variances.mean()) if len(variances) else 0.0, 0.0
@@ -93,6 +94,13 @@ def squeeze_variance(
     d0 = 2 * trigamma_inverse(spread)
     prior = np.exp(expected + digamma(d0 / 2) - np.log(d0 / 2))
     return (d0 * prior + df * variances) / (d0 + df), prior, d0
+
+
+def _check_alike(alike: np.ndarray | None, n: int) -> None:
+    if alike is not None and not (
+        np.shape(alike) == (n,) and np.isfinite(alike).all() and np.all(np.greater(alike, 0))
+    ):
+        raise ValueError(f"`alike` must be {n} positive numbers, one per gene, found shape {np.shape(alike)}")
 
 
 def _expected_logs(logs: np.ndarray, alike: np.ndarray | None, used: np.ndarray) -> tuple[float | np.ndarray, int]:
@@ -221,10 +229,7 @@ def paired_moderated_t(
         raise ValueError(f"`differences` holds {n} samples; at least 2 are needed")
     effect, unscaled, variances, df = weighted_fit(differences, design, column, weights)
     g, tested = len(effect), df > 0
-    if alike is not None and not (
-        np.shape(alike) == (g,) and np.isfinite(alike).all() and np.all(np.greater(alike, 0))
-    ):
-        raise ValueError(f"`alike` must be {g} positive numbers, one per gene, found shape {np.shape(alike)}")
+    _check_alike(alike, g)
     prior = VariancePrior(variances, 0.0, np.zeros(g))
     if moderate and tested.any():
         scale = np.full(g, np.nan)

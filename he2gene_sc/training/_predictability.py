@@ -169,7 +169,8 @@ def gene_table(
         several = np.isfinite(across).sum(0) > 1
         new_patient, given_depth = (np.where(several, bounds(x)[0], np.nan) for x in (across, pcc_given_depth))
         in_each = np.fmin.reduce(across) > RELIABLE_PCC
-        reliable &= (new_patient_bound(pcc_given_depth, spots_of_patient.to_numpy()) > RELIABLE_PCC) & in_each
+        is_above = new_patient_bound(pcc_given_depth, spots_of_patient.to_numpy()) > RELIABLE_PCC
+        reliable = reliable & is_above & in_each
         if unit == "section":
             known &= in_each
     total = sum(section.sums(np.ones(len(section), bool))[0] for section in sections)

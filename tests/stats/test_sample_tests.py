@@ -59,6 +59,12 @@ def test_variances_that_differ_by_chance_become_the_prior():
     assert paired_moderated_t(alike).df[0] == 7 * 50
 
 
+@pytest.mark.parametrize("alike", [[1.0, 1.0], [1.0, 0.0, 1.0], [1.0, np.nan, 1.0]])
+def test_expected_variances_are_one_positive_number_per_gene(alike):
+    with pytest.raises(ValueError, match="`alike` must be 3 positive numbers"):
+        squeeze_variance(np.ones(3), 2, alike=np.array(alike))
+
+
 def test_without_a_prior_the_test_is_the_paired_t_test():
     rng = np.random.default_rng(2)
     a, b = rng.normal(size=(2, 6, 30))
