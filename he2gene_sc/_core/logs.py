@@ -13,9 +13,12 @@ logger = logging.getLogger("he2gene_sc")
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside of this package that called a public function."""
+    """Warn at the line that called a public function: outside of this package, or in its command line."""
     frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("he2gene_sc."):
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith("he2gene_sc.") or module.startswith("he2gene_sc.cli."):
+            break
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 
