@@ -189,6 +189,19 @@ def measured_part(
     return replace(chosen, layer=measured, scale=expected if scale == "auto" else scale), seen
 
 
+def values_outside_halves(known: SpotData, tested: pd.Index, n_genes: int) -> list[np.ndarray]:
+    """Log expression ``(n, g)`` of the genes of highest mean outside each half of the tested genes; NaN become 0."""
+    every = np.ones(len(known.labels), bool)
+    known = replace(known, genes=known.shared_genes())
+    total = known.sums(np.zeros(len(every), int), 1, np.nan_to_num)[0, 0]
+    found = []
+    for i in (0, 1):
+        outside = np.flatnonzero(~known.genes.isin(tested[i::2]))
+        top = np.sort(outside[np.argsort(-total[outside], kind="stable")[:n_genes]])
+        found.append(np.nan_to_num(known.values(every, known.genes[top])))
+    return found
+
+
 def depth_of(spots: SpotData, depth: str | None) -> np.ndarray | None:
     """Natural log of the depth of each spot ``(n,)``; ``None`` if it is not known.
 

@@ -12,7 +12,7 @@ from ..._core import validate
 from ..._core.elements import is_object
 from ..._core.expression import Scale
 from ..._core.keys import check_key
-from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part
+from ..._core.labelled import check_replicates, depth_of, labelled_spots, measured_part, values_outside_halves
 from ..._core.logs import warn
 from ..._core.names import column_of
 from ..._core.ownership import check_free
@@ -21,7 +21,7 @@ from ..._core.results import write_result
 from ..._core.spots import read_spots
 from ...stats import MIN_LIBRARY
 from .compare import NO_DEPTH, adjust_pvalues, compare, group_names, method_for
-from .cross_fit import cross_fitted_halves
+from .cross_fit import CLASSIFIER_GENES, cross_fitted_halves
 from .design import Design, as_design
 from .methods import METHODS, Method
 
@@ -178,11 +178,9 @@ def biomarkers(
     spots = labelled_spots(spots, groupby, layer_scale=layer_scale, join=design.join, reliable_only=reliable_only)
     circular = "" if cross_fit else circularity(tables, groupby, layer)
     reliable = are_reliable(spots.genes, tables, layer)
-    chosen = method_for(method, spots, design)
-    if chosen.samples:
-        check_replicates(spots, sample_key)
     known = known_depth = None
-    if cross_fit or chosen.name == "ppi":
+    outside: list[np.ndarray] = []
+    if cross_fit or method == "ppi":
         known, seen = measured_part(spots, measured, measured_scale)
         if cross_fit and (lacking := sorted(set(spots.units) - set(known.units))):
             raise ValueError(
@@ -192,14 +190,19 @@ def biomarkers(
         if not seen.any():
             raise ValueError("`measured` holds no counts at any labelled spot; method 'ppi' needs measured samples")
         known_depth = depth_of(known, design.depth)
-        spots = spots.take(seen) if cross_fit else spots
-    depth = depth_of(spots, design.depth) if chosen.takes_depth(design) else None
+        if cross_fit:
+            spots = spots.take(seen)
+            outside = values_outside_halves(known, spots.genes, CLASSIFIER_GENES)
+    chosen = method_for(method, spots, design)
     run: dict[str, Any] = {"chosen": chosen, "groups": groups, "reference": reference, "design": design}
     halves, agreement = [spots], None
     if cross_fit and known is not None:
-        halves, agreement = cross_fitted_halves(spots, known, known_depth, groups=groups, reference=reference)
-    elif known is not None:
-        # Method "ppi": depth of the measured spots corrects the predictions too, whatever depth effect they contain.
+        halves, agreement = cross_fitted_halves(spots, known, outside, known_depth, groups=groups, reference=reference)
+    if chosen.samples:
+        check_replicates(spots, sample_key)
+    depth = depth_of(spots, design.depth) if chosen.takes_depth(design) else None
+    if method == "ppi":
+        # Depth of the measured spots corrects the predictions too, whatever depth effect they contain.
         run |= {"measured": known}
         depth = known_depth
     parts = [compare(half, depth=depth, **run) for half in halves]

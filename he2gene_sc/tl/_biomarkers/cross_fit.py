@@ -18,7 +18,7 @@ from ..._core.spots import SpotData
 from .contrast import MIN_SPOTS
 
 #: Number of genes of highest mean in the classifier, and of their principal components.
-_GENES, _COMPONENTS = 1000, 30
+CLASSIFIER_GENES, _COMPONENTS = 1000, 30
 #: Agreement with the given labels below which there is an error, and below which there is a warning.
 _MIN_AGREEMENT, _GOOD_AGREEMENT = 0.85, 0.95
 
@@ -26,6 +26,7 @@ _MIN_AGREEMENT, _GOOD_AGREEMENT = 0.85, 0.95
 def cross_fitted_halves(
     spots: SpotData,
     known: SpotData,
+    outside: Sequence[np.ndarray],
     depth: np.ndarray | None,
     *,
     groups: Sequence[str] | None,
@@ -33,14 +34,13 @@ def cross_fitted_halves(
 ) -> tuple[list[SpotData], float]:
     """Two halves of the genes, each with labels from measured genes outside it, and the lower agreement of their labels.
 
-    ``known`` has the measured values of the same spots, and ``depth`` their log depth.
+    ``known`` are the same spots with their labels, ``outside`` has their measured values ``(n, g)`` outside each half, and
+    ``depth`` their log depth.
     """
-    common = known.shared_genes()
     halves, agreements, worst = [], [], []
-    for i in (0, 1):
-        genes = spots.genes[i::2]
-        labels = cross_fitted_labels(known, common[~common.isin(genes)], depth)
-        halves.append(replace(spots, genes=genes, labels=labels))
+    for i, values in enumerate(outside):
+        labels = cross_fitted_labels(known, values, depth)
+        halves.append(replace(spots, genes=spots.genes[i::2], labels=labels))
         agreements.append(_agreement(labels, spots.labels, groups, reference))
         worst.append(_worst_group(labels, spots, groups, reference))
     agreement = _check_agreement(min(agreements))
@@ -89,8 +89,8 @@ def _check_agreement(agreement: float) -> float:
     return agreement
 
 
-def cross_fitted_labels(pool: SpotData, features: pd.Index, depth: np.ndarray | None = None) -> np.ndarray:
-    """Label every spot by a classifier of measured expression that was fitted on the other samples, or sections, ``(n,)``.
+def cross_fitted_labels(pool: SpotData, values: np.ndarray, depth: np.ndarray | None = None) -> np.ndarray:
+    """Label every spot by a classifier of its measured values ``(n, g)`` that was fitted on the other samples, or sections, ``(n,)``.
 
     Multinomial regression on principal components, centred and adjusted for depth within sections.
     """
@@ -100,11 +100,9 @@ def cross_fitted_labels(pool: SpotData, features: pd.Index, depth: np.ndarray | 
         raise ValueError(
             "`cross_fit` needs several sections, found one: the labels of each section are learned on the others"
         )
-    if len(features) < 2:
-        raise ValueError(f"`cross_fit` needs at least 2 measured genes that are not tested, found {len(features)}")
-    values = pool.values(np.ones(len(units), bool), features)
-    top = np.sort(np.argsort(-np.nan_to_num(values).mean(0), kind="stable")[:_GENES])
-    values = np.nan_to_num(values[:, top])
+    if values.shape[1] < 2:
+        raise ValueError(f"`cross_fit` needs at least 2 measured genes that are not tested, found {values.shape[1]}")
+    values = values.copy()
     for section in set(pool.units):
         inside = pool.units == section
         values[inside] = _depth_residuals(values[inside], None if depth is None else depth[inside])
